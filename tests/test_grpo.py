@@ -1,0 +1,277 @@
+"""grpo.py against naive loops, plain forward passes and autograd; float64 where it must be exact."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import grpo
+from rollout import Rollout
+
+V = 23
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A real architecture (grouped-query attention, rotary positions), random, in float64."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    model = Qwen2ForCausalLM(config)
+    for module in list(model.modules()):  # transformers' norm computes in float32 whatever comes in
+        for name, child in module.named_children():
+            if type(child).__name__ == "Qwen2RMSNorm":
+                setattr(module, name, torch.nn.RMSNorm(32, eps=config.rms_norm_eps))
+    return model.double().eval()
+
+
+def make_rollouts(seed=0, sizes=(3, 1, 6, 2, 5)):
+    """Ragged groups: prompts of 1 to 9 tokens, responses of 1 to 7."""
+    rng = np.random.default_rng(seed)
+    rollouts = []
+    for group, n in enumerate(sizes):
+        prompt = tuple(rng.integers(V, size=rng.integers(1, 10)).tolist())
+        for _ in range(n):
+            ids = tuple(rng.integers(V, size=rng.integers(1, 8)).tolist())
+            logps = tuple((-3 + 0.3 * rng.standard_normal(len(ids))).tolist())
+            rollouts.append(Rollout(group, prompt, ids, logps, ""))
+    return [rollouts[i] for i in rng.permutation(len(rollouts))]
+
+
+def naive_logprobs(model, rollout, temperature=1.0):
+    """One row, one forward pass, nothing shared, nothing padded."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    logp = (model(ids).logits[0, :-1] / temperature).log_softmax(-1)
+    return logp.gather(1, ids[0, 1:, None])[:, 0][len(rollout.prompt_ids) - 1 :]
+
+
+# ---------------------------------------------------------------------------------- advantages
+
+
+def naive_advantages(rewards, group, eps=1e-6, clip=5.0):
+    out = []
+    for r, g in zip(rewards, group, strict=True):
+        own = [x for x, h in zip(rewards, group, strict=True) if h == g]
+        if len(set(own)) == 1:
+            out.append(0.0)
+            continue
+        mean = sum(own) / len(own)
+        std = (sum((x - mean) ** 2 for x in own) / (len(own) - 1)) ** 0.5
+        out.append(max(-clip, min(clip, (r - mean) / (std + eps))))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["binary", "real"])
+def test_group_advantages_against_a_loop(kind):
+    """Catches: groups mixed up, biased std, a label order that matters, a clip that is not one."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        group = rng.integers(0, 6, size=60) * 7 - 3  # labels with gaps, negative, unsorted
+        rewards = rng.integers(0, 2, size=60) * 1.0 if kind == "binary" else rng.normal(size=60)
+        got = grpo.group_advantages(rewards, group)
+        assert np.allclose(got, naive_advantages(rewards, group), atol=1e-12)
+
+
+def test_silent_and_single_groups_are_exactly_zero():
+    """Catches: rounding of the mean of 0.1, 0.1, 0.1 divided by eps, and 0/0 in a group of one."""
+    rewards = np.array([0.1, 0.1, 0.1, 1.0, 0.0, 0.0, 0.7])
+    group = np.array([0, 0, 0, 1, 2, 2, 3])
+    assert (grpo.group_advantages(rewards, group) == 0).all()
+
+
+def test_one_success_in_a_hundred_is_clipped():
+    rewards = np.zeros(101)
+    rewards[7] = 1
+    advantages = grpo.group_advantages(rewards, np.zeros(101, int))
+    assert advantages[7] == 5.0
+    assert grpo.group_advantages(rewards, np.zeros(101, int), clip=100)[7] > 9
+
+
+@pytest.mark.parametrize("rewards, group", [([1.0, np.nan], [0, 0]), ([1.0, 0.0], [0]), ([[1.0]], [[0]])])
+def test_bad_advantage_input_is_refused(rewards, group):
+    with pytest.raises(ValueError, match="must"):
+        grpo.group_advantages(rewards, group)
+
+
+# ------------------------------------------------------------------------------------ log-probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_shared_prompts_give_the_plain_log_probs(model, temperature):
+    """Catches: off-by-one between logits and targets, wrong positions under left padding, a row that
+    reads another group's prompt, padding that leaks."""
+    rollouts = make_rollouts()
+    with torch.no_grad():
+        got = grpo.token_logprobs(model, rollouts, temperature)
+        want = torch.cat([naive_logprobs(model, r, temperature) for r in rollouts])
+    assert got.shape == want.shape
+    assert torch.allclose(got, want, atol=1e-12)
+
+
+def test_gradients_flow_back_through_the_shared_prompt(model):
+    """Catches: a detached cache, which would train the responses' half of attention only."""
+    rollouts = make_rollouts(3)
+    weights = torch.randn(sum(len(r.response_ids) for r in rollouts), dtype=torch.float64)
+    names, params = zip(*model.named_parameters(), strict=True)
+    got = torch.autograd.grad((grpo.token_logprobs(model, rollouts) * weights).sum(), params)
+    plain = torch.cat([naive_logprobs(model, r) for r in rollouts])
+    want = torch.autograd.grad((plain * weights).sum(), params)
+    for name, a, b in zip(names, got, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-10), name
+
+
+def test_chunks_of_the_vocabulary_change_nothing(model):
+    """Catches: a chunk border that drops or doubles a token, forwards or backwards."""
+    hidden = torch.randn(50, 32, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(V, (50,))
+    head = model.get_output_embeddings()
+    whole = grpo._logprobs_of(head, hidden, targets, 1.0)
+    cut = grpo._logprobs_of(head, hidden, targets, 1.0, chunk_elements=7 * V)
+    assert torch.allclose(whole, cut, atol=1e-13)
+    g1, g2 = (torch.autograd.grad(x.square().sum(), hidden)[0] for x in (whole, cut))
+    assert torch.allclose(g1, g2, atol=1e-13)
+
+
+def test_one_group_two_prompts_is_refused(model):
+    a, b = Rollout(0, (1, 2), (3,), (0.0,), ""), Rollout(0, (1, 3), (3,), (0.0,), "")
+    with pytest.raises(ValueError, match="share one prompt"):
+        grpo.token_logprobs(model, [a, b])
+
+
+# ----------------------------------------------------------------------------------------- loss
+
+
+def naive_loss(logp, old, advantages, n_tokens, sampler, low, high, dual, max_is):
+    total = 0.0
+    for lp, o, a, s in zip(logp, old, advantages, sampler, strict=True):
+        ratio = torch.exp(lp - o)
+        clipped = min(max(ratio, ratio.new_tensor(1 - low)), ratio.new_tensor(1 + high))
+        loss = max(-a * ratio, -a * clipped)
+        if a < 0:
+            loss = min(loss, -a * dual)
+        total = total + min(float(torch.exp(o - s)), max_is) * loss
+    return total / n_tokens
+
+
+def test_clipped_loss_and_its_gradient_against_a_scalar_loop():
+    """Catches: a clip on the wrong side, dual clip on positive advantages, an importance weight that
+    is computed and never applied or that carries a gradient."""
+    torch.manual_seed(0)
+    n = 400
+    logp = torch.randn(n, dtype=torch.float64, requires_grad=True)
+    old = (logp + torch.randn(n) * 1.5).detach()
+    sampler = old + torch.randn(n) * 0.7
+    advantages = torch.randn(n, dtype=torch.float64) * 2
+    loss, sums = grpo.clipped_loss(logp, old, advantages, 123.0, sampler, 0.2, 0.28, 3.0, 2.0)
+    want = naive_loss(logp, old, advantages, 123.0, sampler, 0.2, 0.28, 3.0, 2.0)
+    assert torch.allclose(loss, want, rtol=1e-12)
+    got_grad, want_grad = (torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (loss, want))
+    assert torch.allclose(got_grad, want_grad, atol=1e-14)
+    ratio = (logp - old).exp()
+    assert sums["clipped_low"] == int(((advantages < 0) & (ratio < 0.8)).sum()) > 0
+    assert sums["clipped_high"] == int(((advantages > 0) & (ratio > 1.28)).sum()) > 0
+
+
+# --------------------------------------------------------------------------------------- update
+
+
+def step_taken(model, rollouts, advantages, **settings):
+    """What one call of `update` subtracts from the weights at lr 1 without clipping: the gradient."""
+    copied = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(copied.parameters(), lr=1.0)
+    stats = grpo.update(copied, optimizer, rollouts, advantages, max_grad_norm=1e9, **settings)
+    pairs = zip(model.parameters(), copied.parameters(), strict=True)
+    return [(a - b).detach() for a, b in pairs], stats
+
+
+def example(seed=5):
+    rollouts = make_rollouts(seed)
+    rewards = np.random.default_rng(seed).integers(0, 2, size=len(rollouts))
+    group = np.array([r.group for r in rollouts])
+    rewards[group == 2] = 1  # the largest group is silent
+    return rollouts, grpo.group_advantages(rewards, group)
+
+
+def test_update_is_the_plain_gradient_over_all_rollouts(model):
+    """Catches: a denominator that forgets silent rollouts, or counts rows or microbatches, not tokens."""
+    rollouts, advantages = example()
+    total = sum(len(r.response_ids) for r in rollouts)
+    loss = 0.0
+    for r, a in zip(rollouts, advantages, strict=True):  # every rollout, the silent ones too
+        logp = naive_logprobs(model, r)
+        weight = (logp.detach() - torch.tensor(r.logprobs)).exp().clamp(max=2.0)
+        loss = loss - (weight * a * (logp - logp.detach()).exp()).sum() / total
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    got, stats = step_taken(model, rollouts, advantages)
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-7)  # logprobs and advantages travel as float32
+    assert stats["loss"] == pytest.approx(float(loss.detach()), abs=1e-6)
+    silent = sum(len(r.response_ids) for r, a in zip(rollouts, advantages, strict=True) if a == 0)
+    assert stats["skipped_tokens"] == pytest.approx(silent / total) and silent > 0
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_microbatches_change_nothing(model, minibatches):
+    """Catches: a token mean that depends on how the batch was cut (rows alone, some, all at once)."""
+    rollouts, advantages = example()
+    whole, _ = step_taken(model, rollouts, advantages, minibatches=minibatches)
+    for tokens in (1, 60):
+        cut, _ = step_taken(
+            model, rollouts, advantages, minibatches=minibatches, tokens_per_microbatch=tokens
+        )
+        for a, b in zip(whole, cut, strict=True):
+            assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_microbatches_cover_every_row_once_within_the_limit():
+    rollouts = make_rollouts(9, sizes=(40, 1, 3, 17))
+    rows = np.arange(1, len(rollouts))
+    cut = list(grpo.microbatches(rollouts, rows, 64))
+    assert sorted(i for batch in cut for i in batch) == rows.tolist()
+    for batch in cut:
+        groups = {rollouts[i].group for i in batch}
+        P = max(len(rollouts[i].prompt_ids) for i in batch)
+        T = max(len(rollouts[i].response_ids) for i in batch)
+        assert len(groups) * P + len(batch) * T <= 64
+
+
+def test_all_silent_takes_no_step(model):
+    rollouts, advantages = example()
+    moved, stats = step_taken(model, rollouts, np.zeros_like(advantages))
+    assert all(bool((m == 0).all()) for m in moved)
+    assert stats["loss"] is None and stats["skipped_tokens"] == 1
+
+
+def test_not_finite_is_an_error_and_no_step(model):
+    """Catches: NaN written into the weights by an optimizer step nobody looked at."""
+    rollouts, advantages = example()
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    before = copy.deepcopy(broken.state_dict())
+    optimizer = torch.optim.SGD(broken.parameters(), lr=1.0)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        grpo.update(broken, optimizer, rollouts, advantages, minibatches=2)
+    for name, value in broken.state_dict().items():
+        assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+
+
+def test_update_raises_what_was_rewarded(model):
+    """The whole of it on one two-armed prompt: the rewarded token's probability must grow."""
+    good, bad = Rollout(0, (1, 2), (5,), (-2.0,), ""), Rollout(0, (1, 2), (6,), (-2.0,), "")
+    trained = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+    before = naive_logprobs(trained, good).item()
+    for _ in range(5):
+        grpo.update(trained, optimizer, [good, bad], np.array([0.7, -0.7]))
+    assert naive_logprobs(trained, good).item() > before + 0.1
