@@ -1,0 +1,349 @@
+"""Rollouts: ragged groups of sampled responses, from transformers or from vLLM.
+
+Both samplers take the same three things, a list of prompts, how many responses each of them gets,
+and a seed, and return the same flat list of records, so the engine is a choice and not a code path.
+
+    sampler = HFSampler(model, tokenizer, max_new_tokens=32)
+    rollouts = sampler.sample(prompts=[[5, 13, 7, 14]], counts=[8], seed=0)  # R = sum(counts)
+    rollouts[0].response_ids, rollouts[0].logprobs, rollouts[0].text
+
+>>> Rollout(group=0, prompt_ids=(5, 14), response_ids=(8, 1), logprobs=(-0.1, 0.0), text="5").text
+'5'
+
+What the paper calls it: the trajectories y_1 .. y_{N_i} ~ pi(. | x_i) of prompt i; N_i differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. Token ids are carried from here to the loss and never retokenised."""
+
+    group: int  # index of its prompt in the batch
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # as sampled, the end-of-sequence token included
+    logprobs: tuple[float, ...]  # log pi(token | ...) under the sampler, temperature included
+    text: str  # response_ids decoded, without special tokens
+    finished: bool = True  # False: cut by the length limit
+
+
+# ----------------------------------------------------------------------------- prompts and seeds
+
+
+def encode_prompts(tokenizer, texts: Sequence[str], chat: bool = False) -> list[list[int]]:
+    """Texts -> token ids; chat=True wraps each as a user's turn in the model's chat template."""
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("--chat: this model's tokenizer has no chat template; drop the flag")
+    if chat:
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True
+            )
+            for t in texts
+        ]
+    # A template writes its own special tokens; a plain prompt gets the tokenizer's (often none).
+    return [tokenizer(t, add_special_tokens=not chat)["input_ids"] for t in texts]
+
+
+def request_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """A 62-bit seed a prompt from (seed, its ids, how often the same ids stood before it), so that
+    what a prompt's rollouts are does not depend on where in the batch it stands."""
+    seen: dict[tuple, int] = {}
+    seeds = []
+    for ids in map(tuple, prompts):
+        occurrence = seen[ids] = seen.get(ids, -1) + 1
+        digest = hashlib.blake2b(repr((int(seed), ids, occurrence)).encode(), digest_size=8).digest()
+        seeds.append(int.from_bytes(digest, "big") >> 2)
+    return seeds
+
+
+def end_ids(model_config_owner, tokenizer) -> set[int]:
+    """The tokens that end a response: the model's generation settings' and the tokenizer's own."""
+    declared = getattr(model_config_owner, "generation_config", None)
+    ids = getattr(declared, "eos_token_id", None)
+    ids = set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    return (ids | {tokenizer.eos_token_id}) - {None}
+
+
+def _check(prompts, counts) -> np.ndarray:
+    counts = np.asarray(counts)
+    if counts.shape != (len(prompts),) or counts.dtype.kind not in "iu" or (counts < 0).any():
+        raise ValueError(f"counts must be {len(prompts)} integers >= 0, one a prompt")
+    if any(len(p) == 0 for p in prompts):
+        raise ValueError("an empty prompt: give every prompt at least one token")
+    return counts
+
+
+# ----------------------------------------------------------------------------- transformers
+
+
+class HFSampler:
+    """Samples with the trainer's own model: no second copy of the weights, never stale.
+
+    Each distinct prompt is prefilled once and its keys and values are expanded to its group; rows
+    that have ended leave the batch. Row j of a prompt draws its tokens with its own stream of uniform
+    numbers (by inverse CDF), so same seed, same rollouts, in any order of prompts.
+
+    model, tokenizer: transformers'; max_new_tokens: the length limit; temperature > 0 divides the
+    logits; tokens_in_flight bounds memory: rows x (prompt + max_new_tokens) at a time.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        tokens_in_flight=2**17,
+    ):
+        if temperature <= 0 or max_new_tokens < 1:
+            raise ValueError("temperature must be > 0 and max_new_tokens >= 1")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.tokens_in_flight = tokens_in_flight
+        self.end_ids = end_ids(model, tokenizer)
+
+    def sample(self, prompts: Sequence[Sequence[int]], counts, seed: int) -> list[Rollout]:
+        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records."""
+        counts = _check(prompts, counts)
+        seeds = request_seeds(prompts, seed)
+        uniforms = [
+            np.random.default_rng(s).random((n, self.max_new_tokens), dtype=np.float32)
+            for s, n in zip(seeds, counts, strict=True)
+        ]
+        # Rows of like prompt length run together; a row is (prompt, number within its group).
+        rows = [(i, j) for i in np.argsort([len(p) for p in prompts]) for j in range(counts[i])]
+        done: dict[tuple[int, int], Rollout] = {}
+        while rows:
+            longest, size = 0, 0
+            for size, (i, _) in enumerate(rows):
+                longest = max(longest, len(prompts[i]))
+                if size and (size + 1) * (longest + self.max_new_tokens) > self.tokens_in_flight:
+                    break
+            else:
+                size += 1
+            chunk, rows = rows[:size], rows[size:]
+            u = torch.from_numpy(np.stack([uniforms[i][j] for i, j in chunk]))
+            done |= zip(chunk, self._generate(prompts, chunk, u), strict=True)
+        return [done[i, j] for i in range(len(prompts)) for j in range(counts[i])]
+
+    @torch.inference_mode()
+    def _generate(self, prompts, chunk, u) -> list[Rollout]:
+        """chunk: r pairs (prompt, number); u: (r, max_new_tokens) uniforms in [0, 1)."""
+        device = self.model.device
+        distinct = list(dict.fromkeys(i for i, _ in chunk))
+        row_of = {i: k for k, i in enumerate(distinct)}
+        # Prompts on the left-padded grid (G, P), prefilled once each.
+        P = max(len(prompts[i]) for i in distinct)
+        ids = torch.zeros(len(distinct), P, dtype=torch.long)
+        mask = torch.zeros(len(distinct), P, dtype=torch.long)
+        for k, i in enumerate(distinct):
+            ids[k, P - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[k, P - len(prompts[i]) :] = 1
+        ids, mask, u = ids.to(device), mask.to(device), u.to(device).clamp(max=1 - 2**-23)
+
+        end = torch.tensor(sorted(self.end_ids), device=device)
+        r, T = u.shape
+        tokens = torch.zeros(r, T, dtype=torch.long, device=device)
+        logps = torch.zeros(r, T, device=device)
+        lengths = torch.full((r,), T, device=device)
+        ended = torch.zeros(r, dtype=torch.bool, device=device)
+        rows = torch.arange(r, device=device)  # rows still running
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            expand = torch.tensor([row_of[i] for i, _ in chunk], device=device)
+            cache = out.past_key_values
+            cache.batch_select_indices(expand)
+            logits, mask = out.logits[expand, -1], mask[expand]
+            position = mask.sum(1, keepdim=True)  # (r, 1) of the next token
+            for t in range(T):
+                logp = (logits.float() / self.temperature).log_softmax(-1)  # (running, V)
+                # Inverse CDF: the first token whose cumulative probability exceeds u. Scaling by the
+                # last entry keeps u below it whatever rounding did to the sum.
+                cdf = logp.exp().cumsum(-1)
+                chosen = torch.searchsorted(cdf, u[rows, t, None] * cdf[:, -1:], right=True)
+                chosen = chosen.clamp(max=cdf.shape[1] - 1)  # (running, 1)
+                tokens[rows, t] = chosen[:, 0]
+                logps[rows, t] = logp.gather(1, chosen)[:, 0]
+                stop = torch.isin(chosen[:, 0], end)
+                lengths[rows[stop]] = t + 1
+                ended[rows[stop]] = True
+                if t + 1 == T or bool(stop.all()):
+                    break
+                if bool(stop.any()):
+                    keep = (~stop).nonzero()[:, 0]
+                    cache.batch_select_indices(keep)
+                    rows, chosen = rows[keep], chosen[keep]
+                    mask, position = mask[keep], position[keep]
+                mask = torch.cat([mask, torch.ones_like(chosen)], dim=1)
+                out = self.model(
+                    input_ids=chosen,
+                    attention_mask=mask,
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                logits, position = out.logits[:, -1], position + 1
+        tokens, logps = tokens.tolist(), logps.tolist()
+        responses = [ids[:n] for ids, n in zip(tokens, lengths.tolist(), strict=True)]
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return [
+            Rollout(int(i), tuple(prompts[i]), tuple(ids), tuple(lp[: len(ids)]), text, fin)
+            for (i, _), ids, lp, text, fin in zip(chunk, responses, logps, texts, ended.tolist(), strict=True)
+        ]
+
+    def sync(self, model) -> None:
+        """Sample from `model` from now on. It is the trainer's own model: nothing is copied."""
+        self.model = model
+
+    def sleep(self) -> None:
+        """Nothing to free: the weights are the trainer's."""
+
+    def close(self) -> None:
+        """Nothing to shut down."""
+
+
+# ------------------------------------------------------------------------------------------ vLLM
+
+
+class VLLMSampler:
+    """Samples with vLLM's engine, in this process, and loads the trainer's weights after each update.
+
+    path: the model's folder or hub id (the first weights); gpu_memory: the share of the GPU's memory
+    that the engine may take while it is awake. On a GPU, `sleep()` before the update hands it back to
+    the trainer and `sync(model)` wakes the engine with the new weights: generate -> sleep -> update
+    -> sync. Build it before the trainer's model. On vLLM's CPU build sleep does nothing.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        max_prompt_tokens: int = 2048,
+        gpu_memory: float = 0.4,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+    ):
+        # One process, and quiet: both are read when vLLM is imported.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
+        self.gpu = torch.cuda.is_available()
+        device_settings = (
+            dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
+            # Prefix sharing works on full blocks, so short prompts need short ones.
+            if self.gpu
+            else dict(block_size=32, enforce_eager=True, kv_cache_memory_bytes=2**30)
+        )
+        self.llm = LLM(
+            model=path,
+            dtype=dtype if self.gpu else "float32",
+            max_model_len=max_prompt_tokens + max_new_tokens,
+            logprobs_mode="processed_logprobs",  # after temperature: what was sampled from
+            disable_log_stats=True,
+            trust_remote_code=trust_remote_code,
+            **device_settings,
+        )
+        self.tokenizer, self.max_new_tokens, self.temperature = (
+            tokenizer,
+            max_new_tokens,
+            temperature,
+        )
+        self.asleep = False
+
+    def sample(self, prompts: Sequence[Sequence[int]], counts, seed: int) -> list[Rollout]:
+        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records."""
+        from vllm import SamplingParams, TokensPrompt
+
+        counts = _check(prompts, counts)
+        asked = [i for i in range(len(prompts)) if counts[i] > 0]  # vLLM refuses n = 0
+        seeds = request_seeds(prompts, seed)
+        params = [
+            SamplingParams(
+                n=int(counts[i]),
+                seed=seeds[i],  # response j of the request uses seed + j
+                temperature=self.temperature,
+                max_tokens=self.max_new_tokens,
+                logprobs=0,  # the sampled token's only
+            )
+            for i in asked
+        ]
+        inputs = [TokensPrompt(prompt_token_ids=list(prompts[i])) for i in asked]
+        try:
+            outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        except BaseException:
+            # Requests left behind would come back with the next call.
+            engine = self.llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+        rollouts = []
+        for i, output in zip(asked, outputs, strict=True):
+            for child in sorted(output.outputs, key=lambda o: o.index):
+                ids = tuple(child.token_ids)
+                logps = tuple(step[t].logprob for step, t in zip(child.logprobs, ids, strict=True))
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                finished = child.finish_reason == "stop"
+                rollouts.append(Rollout(i, tuple(prompts[i]), ids, logps, text, finished))
+        return rollouts
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to the trainer; the weights are dropped, `sync` brings new ones."""
+        if self.gpu and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def sync(self, model) -> None:
+        """Load the trainer's weights; the prefix cache, computed with the old ones, is emptied.
+
+        state_dict(), not named_parameters(): with tied embeddings the latter has no lm_head.weight,
+        and vLLM would go on sampling from the old head without an error.
+        """
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(["weights"])
+        self.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())}
+        )
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not empty its prefix cache: requests are still running")
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+# ---------------------------------------------------------------------------------------- choice
+
+
+def choose_engine(wanted: str) -> tuple[str, str]:
+    """'auto', 'vllm' or 'hf' -> (engine, why). ValueError when vLLM is asked for and not there."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not installed:
+        raise ValueError("--engine vllm: vLLM is not installed; `pip install vllm==0.32.0` or --engine hf")
+    if wanted != "auto":
+        return wanted, "as asked"
+    if installed and torch.cuda.is_available():
+        return "vllm", "it is installed and there is a GPU"
+    return "hf", "vLLM is not installed" if not installed else "there is no GPU for vLLM"

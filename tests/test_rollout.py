@@ -1,0 +1,163 @@
+"""rollout.py: what comes back is what was sampled, from the distribution it says, for the right prompt."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo
+import rollout
+
+TINY = Path(__file__).parent.parent / "tutorial" / "tiny_model"
+TEXTS = ["3+5+2=", "9+9=", "1+2+3+4+5+6+7+8=", "7+7+7=", "4+4="]
+COUNTS = [3, 0, 7, 1, 4]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded):
+    return rollout.encode_prompts(loaded[1], TEXTS)
+
+
+def same_tokens(a, b):
+    return [(r.prompt_ids, r.response_ids) for r in a] == [(r.prompt_ids, r.response_ids) for r in b]
+
+
+def check_records(rollouts, prompts, counts, tokenizer, max_new_tokens):
+    """Counts, pairing, lengths, end of sequence and text, for either engine."""
+    assert [r.group for r in rollouts] == np.repeat(np.arange(len(prompts)), counts).tolist()
+    for r in rollouts:
+        assert r.prompt_ids == tuple(prompts[r.group])
+        assert len(r.logprobs) == len(r.response_ids) <= max_new_tokens
+        assert tokenizer.eos_token_id not in r.response_ids[:-1]
+        assert r.finished == (r.response_ids[-1] == tokenizer.eos_token_id)
+        assert r.finished or len(r.response_ids) == max_new_tokens
+        assert r.text == tokenizer.decode(r.response_ids, skip_special_tokens=True)
+
+
+def test_records(loaded, prompts):
+    """Catches: a completion paired with another prompt, a lost end token, a wrong `finished`."""
+    sampler = rollout.HFSampler(*loaded, max_new_tokens=6)  # short: some are cut
+    rollouts = sampler.sample(prompts, COUNTS, seed=1)
+    check_records(rollouts, prompts, COUNTS, loaded[1], 6)
+    assert {r.finished for r in rollouts} == {True, False}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_the_models(loaded, prompts, temperature):
+    """Catches: log-probs before temperature, of the wrong column, or of another row after rows left."""
+    sampler = rollout.HFSampler(*loaded, max_new_tokens=30, temperature=temperature)
+    rollouts = sampler.sample(prompts, COUNTS, seed=2)
+    with torch.no_grad():
+        ours = grpo.token_logprobs(loaded[0], rollouts, temperature).numpy()
+    assert np.abs(ours - np.concatenate([r.logprobs for r in rollouts])).max() < 1e-4
+
+
+def test_samples_follow_the_distribution(loaded, prompts):
+    """Catches: a biased inverse CDF. First tokens of 20000 rollouts against the softmax, chi-square."""
+    n, temperature = 20_000, 1.5
+    sampler = rollout.HFSampler(*loaded, max_new_tokens=1, temperature=temperature)
+    first = [r.response_ids[0] for r in sampler.sample([prompts[2]], [n], seed=3)]
+    with torch.no_grad():
+        logits = loaded[0](torch.tensor([prompts[2]])).logits[0, -1]
+    p = (logits / temperature).softmax(-1).double().numpy()
+    seen = np.bincount(first, minlength=len(p))
+    common = p * n >= 5
+    chi2 = ((seen - n * p)[common] ** 2 / (n * p)[common]).sum()
+    freedom = common.sum() - 1
+    assert freedom >= 1 and chi2 < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_same_seed_same_rollouts_in_any_order(loaded, prompts):
+    """Catches: randomness that depends on the batch around a prompt or on how memory cut it."""
+    sampler = rollout.HFSampler(*loaded, max_new_tokens=20)
+    once = sampler.sample(prompts, COUNTS, seed=4)
+    assert same_tokens(once, sampler.sample(prompts, COUNTS, seed=4))
+    assert not same_tokens(once, sampler.sample(prompts, COUNTS, seed=5))
+    turned = sampler.sample(prompts[::-1], COUNTS[::-1], seed=4)
+    back = sorted(turned, key=lambda r: -r.group)
+    assert same_tokens(once, back)
+    sampler.tokens_in_flight = 100  # two or three rows at a time
+    assert same_tokens(once, sampler.sample(prompts, COUNTS, seed=4))
+
+
+def test_the_same_prompt_twice_draws_anew(loaded, prompts):
+    """Catches: two copies of a prompt in one batch that return identical groups."""
+    sampler = rollout.HFSampler(*loaded, max_new_tokens=30)
+    rollouts = sampler.sample([prompts[2], prompts[2]], [4, 4], seed=6)
+    assert [r.response_ids for r in rollouts[:4]] != [r.response_ids for r in rollouts[4:]]
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [1, -1, 1, 1, 1], [0.5] * 5])
+def test_bad_counts_are_refused(loaded, prompts, counts):
+    with pytest.raises(ValueError, match="counts must be 5 integers"):
+        rollout.HFSampler(*loaded, max_new_tokens=3).sample(prompts, counts, seed=0)
+
+
+def test_an_empty_prompt_is_refused(loaded):
+    with pytest.raises(ValueError, match="empty prompt"):
+        rollout.HFSampler(*loaded, max_new_tokens=3).sample([[]], [1], seed=0)
+
+
+def test_chat_needs_a_template(loaded):
+    with pytest.raises(ValueError, match="no chat template"):
+        rollout.encode_prompts(loaded[1], ["hi"], chat=True)
+
+
+# --------------------------------------------------------------------------------------- vLLM
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def test_vllm_asked_for_and_missing_says_so(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="vLLM is not installed"):
+        rollout.choose_engine("vllm")
+    assert rollout.choose_engine("auto")[0] == "hf"
+
+
+@pytest.fixture(scope="module")
+def engine(loaded):
+    sampler = rollout.VLLMSampler(str(TINY), loaded[1], max_new_tokens=30, max_prompt_tokens=32)
+    yield sampler
+    sampler.close()
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_records_and_logprobs(engine, loaded, prompts):
+    """The same contract as the other sampler's, and the canary's gap: its log-probs are the model's."""
+    rollouts = engine.sample(prompts, COUNTS, seed=1)
+    check_records(rollouts, prompts, COUNTS, loaded[1], 30)
+    with torch.no_grad():
+        ours = grpo.token_logprobs(loaded[0], rollouts).numpy()
+    assert np.abs(ours - np.concatenate([r.logprobs for r in rollouts])).max() < 1e-3
+    assert same_tokens(rollouts, engine.sample(prompts, COUNTS, seed=1))
+    assert not same_tokens(rollouts, engine.sample(prompts, COUNTS, seed=2))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_follows_the_trainers_weights(engine, loaded, prompts):
+    """Catches: weights, the tied head, or a prefix cache that stay what they were after an update."""
+    changed = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in changed.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    engine.sample(prompts, COUNTS, seed=1)  # fills the prefix cache with the old weights
+    engine.sync(changed)
+    rollouts = engine.sample(prompts, COUNTS, seed=1)
+    with torch.no_grad():
+        new = grpo.token_logprobs(changed, rollouts).numpy()
+        old = grpo.token_logprobs(loaded[0], rollouts).numpy()
+    sampled = np.concatenate([r.logprobs for r in rollouts])
+    assert np.abs(new - sampled).max() < 1e-3 < 0.05 < np.abs(old - sampled).mean()
+    engine.sync(loaded[0])
