@@ -1,111 +1,94 @@
-"""Which prompt deserves how many rollouts? Estimate each prompt's success probability, put a value
-on each further rollout, and spend a fixed budget where the values are highest.
+"""Which prompt deserves how many rollouts? Estimate each prompt's success probability, value each further
+rollout of it, and spend a fixed budget where the values are highest.
 
     >>> tracker = SuccessTracker()
     >>> tracker.update(["easy", "hard", "half"], successes=[8, 0, 3], trials=[8, 8, 8])
     >>> allocate(tracker.posterior(["easy", "hard", "half", "new"]), budget=32)
     array([ 2,  5, 16,  9])
 
-"Knapsack RL" (Li et al., arXiv 2509.25849) calls a prompt an item, its rollouts the item's cost, and
+"Knapsack RL" (Li et al., arXiv 2509.25849) calls a prompt an item, its rollouts the item's cost and
 P(mixed group) x InfoGain the item's value. Letters: M prompts, p success probability, q = 1 - p,
-n rollouts of one prompt, B budget, K options of one prompt.
+n rollouts of one prompt, K options of one prompt.
 """
 
-from __future__ import annotations
+import copy
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------
-# 1. Estimation: what do earlier rollouts say about p?
-# ----------------------------------------------------------------------------------------------
-
-VISITS_KEPT = 16  # enough for the paper's window of 16 outcomes: a visit has at least one
+# ---- 1. Estimation: what do earlier rollouts say about p? --------------------------------------------
+VISITS_KEPT = 16  # a visit has at least one outcome, so these hold the paper's window of 16
 
 
 class SuccessTracker:
-    """Counts successes per prompt and turns them into a Beta posterior over p.
+    """Counts each prompt's successes and turns them into a Beta posterior over its p.
 
-    The paper estimates p by a mean of recent outcomes, and needs rules for 0, 1 and "never seen".
-    A posterior needs none:  p_i ~ Beta(alpha0 + S_i, beta0 + F_i)  with
-      S_i, F_i       successes and failures, multiplied by `discount` at each new visit, because the
-                     model that produced the old ones has moved. 1 forgets nothing, 0 keeps one visit.
-      alpha0, beta0  empirical Bayes: the Beta fitted (by moments) to the prompts seen so far, times
-                     `prior_strength`. Small: a prompt's own record decides. Large: the crowd does.
+    The paper takes a mean of recent outcomes, then needs rules for p = 0, p = 1 and "never seen".
+    The posterior needs none:  p_i ~ Beta(alpha0 + S_i, beta0 + F_i)  where
+      S_i, F_i       are successes and failures, multiplied by `discount` at each new visit, since the
+                     model that produced them has moved on (1 keeps all, 0 only the last visit);
+      alpha0, beta0  is the Beta that fits the prompts seen so far (empirical Bayes), multiplied by
+                     `prior_strength`: small trusts a prompt's own record, large trusts the crowd.
+    A prompt with 0 of 4 right, then 4 of 4: forgetting lifts its estimate, the crowd pulls it back.
 
-    After 4 failures of 4, then 4 successes of 4 (nothing else seen):
-
-    >>> for discount, strength in [(1, 0.25), (0.75, 0.25), (0, 0.25), (0.75, 4.0)]:
-    ...     tracker = SuccessTracker(discount, strength)
-    ...     for successes in (0, 4):
-    ...         tracker.update(["a"], [successes], [4])
-    ...     print(discount, strength, tracker.estimate(["a"]).round(3))
-    1 0.25 [0.5]
-    0.75 0.25 [0.568]
-    0 0.25 [0.963]
-    0.75 4.0 [0.546]
+    >>> for settings in [(1, 0.25), (0.75, 0.25), (0, 0.25), (0, 4)]:
+    ...     tracker = SuccessTracker(*settings)
+    ...     tracker.update(["a"], [0], [4])
+    ...     tracker.update(["a"], [4], [4])
+    ...     print(settings, tracker.estimate(["a"]).round(2))
+    (1, 0.25) [0.5]
+    (0.75, 0.25) [0.57]
+    (0, 0.25) [0.96]
+    (0, 4) [0.78]
     """
 
     def __init__(self, discount: float = 0.75, prior_strength: float = 0.25):
-        if not 0 <= discount <= 1:
-            raise ValueError(f"discount = {discount}: choose it in [0, 1]")
-        if not 0 < prior_strength < np.inf:
-            raise ValueError(f"prior_strength = {prior_strength}: choose it positive and finite")
+        _require(0 <= discount <= 1, "discount", discount, "choose it in [0, 1]")
+        _require(0 < prior_strength < np.inf, "prior_strength", prior_strength, "choose it > 0")
         self.discount, self.prior_strength = discount, prior_strength
-        self._row: dict[str | int, int] = {}  # id -> row of the arrays below
-        self._counts = np.zeros((0, 2))  # (rows, 2) discounted successes, trials
-        self._visits = np.zeros((0, VISITS_KEPT, 2), np.int64)  # newest first, as observed
+        self._row: dict[str | int, int] = {}  # id -> row of _seen
+        # (rows, 1 + VISITS_KEPT, 2) of (successes, trials): the discounted sums, then the visits as they
+        # were, newest first. The last row stays empty: row -1, an unseen id, reads zeros.
+        self._seen = np.zeros((1, 1 + VISITS_KEPT, 2))
 
     def _rows(self, ids) -> np.ndarray:
-        """(M,) row of each id, -1 where unseen."""
-        return np.fromiter((self._row.get(i, -1) for i in ids), np.int64, len(ids))
+        return np.array([self._row.get(i, -1) for i in ids], np.int64)  # (M,)
 
     def update(self, ids, successes, trials) -> None:
-        """One visit: `successes[i]` of `trials[i]` rollouts of prompt `ids[i]` were right."""
-        s, t = np.asarray(successes, float), np.asarray(trials, float)  # (M,)
-        if s.shape != (len(ids),) or t.shape != (len(ids),):
-            raise ValueError(
-                f"shapes {s.shape}, {t.shape} for {len(ids)} ids: pass one count an id"
-            )
-        if not (np.all(s == np.floor(s)) and np.all(t == np.floor(t)) and np.all(s >= 0)):
-            raise ValueError(
-                "successes and trials must be whole numbers >= 0: pass counts, not rates"
-            )
-        if not np.all(s <= t):
-            raise ValueError("successes > trials: pass the successes first, then the trials")
+        """One visit: successes[i] of the trials[i] rollouts of prompt ids[i] were right."""
+        s, t = _vector("successes", successes, len(ids)), _vector("trials", trials, len(ids))
+        _require((s % 1 == 0) & (s <= t), "successes", s, "pass a count, at most the trials")
+        _require(t % 1 == 0, "trials", t, "pass a count")
+        odd = [i for i in ids if not isinstance(i, (str, int, np.integer))]
+        _require(not odd, "ids", odd[:1], "an id is a str or an int")
         for i in ids:
-            if not isinstance(i, (str, int, np.integer)):
-                raise ValueError(f"id {i!r} is a {type(i).__name__}: use str or int")
-            self._row.setdefault(i.item() if isinstance(i, np.integer) else i, len(self._row))
-        room = 2 * len(self._row)
-        if len(self._counts) < len(self._row):  # grow by doubling
-            self._counts = _grown(self._counts, room)
-            self._visits = _grown(self._visits, room)
-        # An id that occurs twice in a batch was still visited once: add its counts first.
-        rows, where = np.unique(self._rows(ids), return_inverse=True)
-        visit = np.stack([np.bincount(where, s), np.bincount(where, t)], axis=1)  # (rows, 2)
+            self._row.setdefault(i if isinstance(i, str) else int(i), len(self._row))
+        if len(self._row) >= len(self._seen):  # twice the room, so that growing stays linear
+            more = 2 * len(self._row) + 1 - len(self._seen)
+            self._seen = np.pad(self._seen, ((0, more), (0, 0), (0, 0)))
+        # An id given twice was still visited once: its counts are added first.
+        rows, which = np.unique(self._rows(ids), return_inverse=True)
+        visit = np.stack([np.bincount(which, x, len(rows)) for x in (s, t)], 1)  # (rows, 2)
         rows, visit = rows[visit[:, 1] > 0], visit[visit[:, 1] > 0]
-        self._counts[rows] = self.discount * self._counts[rows] + visit
-        self._visits[rows, 1:] = self._visits[rows, :-1]
-        self._visits[rows, 0] = visit
+        self._seen[rows, 2:] = self._seen[rows, 1:-1]
+        self._seen[rows, 1] = visit
+        self._seen[rows, 0] = self.discount * self._seen[rows, 0] + visit
 
     def prior(self) -> tuple[float, float]:
-        """(alpha0, beta0): moments of the success rates of all prompts seen so far."""
-        s, t = self._counts[: len(self._row)].T
-        s, t = s[t > 0], t[t > 0]
-        rate = s / t
-        mean = (rate.sum() + 1) / (len(rate) + 2)  # never exactly 0 or 1
-        # Var(rate) = mean (1 - mean) (h + (1 - h) rho), h = E[1 / trials], rho = 1 / (1 + alpha + beta)
-        rho = 1 / 3  # nothing known: the uniform distribution, Beta(1, 1)
-        if len(rate) > 1:
-            h = min(np.mean(1 / t), 0.9)
-            rho = (np.mean((rate - mean) ** 2) / (mean * (1 - mean)) - h) / (1 - h)
-        strength = self.prior_strength * (1 / np.clip(rho, 0.01, 0.9) - 1)
-        return float(strength * mean), float(strength * (1 - mean))
+        """(alpha0, beta0), from the mean and the variance of the success rates seen so far."""
+        s, t = self._seen[self._seen[:, 0, 1] > 0, 0].T
+        mean = ((s / t).sum() + 1) / (len(t) + 2)  # never exactly 0 or 1
+        # Rates scatter because prompts differ (rho = 1 / (alpha + beta + 1)) and because trials are few:
+        #     Var = mean (1 - mean) (rho + (1 - rho) E[1/t])
+        rho = 1 / 3  # before there is a variance: Beta(1, 1), the uniform distribution
+        if len(t) > 1:
+            few = min((1 / t).mean(), 0.9)
+            rho = (((s / t - mean) ** 2).mean() / (mean * (1 - mean)) - few) / (1 - few)
+        total = self.prior_strength * (1 / np.clip(rho, 0.01, 0.9) - 1)
+        return float(total * mean), float(total * (1 - mean))
 
     def posterior(self, ids) -> tuple[np.ndarray, np.ndarray]:
-        """(alpha, beta), each (M,): p of prompt ids[i] is Beta(alpha[i], beta[i])."""
-        rows, (alpha0, beta0) = self._rows(ids), self.prior()
-        s, t = np.where(rows[:, None] < 0, 0.0, np.vstack([self._counts, [[0, 0]]])[rows]).T
+        """(alpha, beta), each (M,): ids[i] has p ~ Beta(alpha[i], beta[i]); if unseen, the prior."""
+        (alpha0, beta0), (s, t) = self.prior(), self._seen[self._rows(ids), 0].T
         return alpha0 + s, beta0 + (t - s)
 
     def estimate(self, ids) -> np.ndarray:
@@ -113,374 +96,375 @@ class SuccessTracker:
         alpha, beta = self.posterior(ids)
         return alpha / (alpha + beta)
 
+    def solved(self, ids) -> np.ndarray:
+        """(M,) bool: was ids[i] ever answered right? (With discount 0: at its last visit.)"""
+        return self._seen[self._rows(ids), 0, 0] > 0
+
     def windowed_rate(self, ids, window: int = 16) -> np.ndarray:
-        """(M,) the paper's estimate: mean of the newest `window` outcomes, of the last visit alone
-        when that had as many; NaN if unseen. Where the window cuts a visit in two, its outcomes
-        count in proportion (their order says nothing: they are exchangeable)."""
-        if not 1 <= window <= VISITS_KEPT:
-            raise ValueError(f"window = {window}: choose it in 1..{VISITS_KEPT}")
-        rows = self._rows(ids)
-        visits = np.vstack([self._visits, np.zeros((1, VISITS_KEPT, 2), np.int64)])[rows]
-        visits = np.where(rows[:, None, None] < 0, 0, visits)
-        s, t = visits[..., 0], visits[..., 1]  # (M, VISITS_KEPT)
-        newer = np.cumsum(t, axis=1) - t
-        take = np.clip(window - newer, 0, t)
-        take[:, 0] = t[:, 0]
-        total = take.sum(axis=1)
-        hits = (s * take / np.maximum(t, 1)).sum(axis=1)
-        return np.where(total > 0, hits / np.maximum(total, 1), np.nan)
+        """(M,) the paper's estimate: mean of the newest `window` outcomes, or of the whole last visit if
+        that had more; NaN if unseen. A visit that the window cuts counts in part: the order of outcomes
+        within a visit carries no information."""
+        _require(1 <= window <= VISITS_KEPT, "window", window, f"choose 1 to {VISITS_KEPT}")
+        s, t = np.moveaxis(self._seen[self._rows(ids), 1:], -1, 0)  # (M, VISITS_KEPT)
+        used = np.clip(window - (t.cumsum(1) - t), 0, t)
+        used[:, 0] = t[:, 0]
+        with np.errstate(invalid="ignore"):  # unseen: 0 / 0 = NaN
+            return (s * used / np.maximum(t, 1)).sum(1) / used.sum(1)
 
     def state_dict(self) -> dict:
-        """Everything, as JSON types. Ids are list entries, not keys: JSON would turn 7 into "7"."""
-        m = len(self._row)
-        return {
-            "discount": self.discount,
-            "prior_strength": self.prior_strength,
-            "ids": list(self._row),
-            "counts": self._counts[:m].tolist(),
-            "visits": self._visits[:m].tolist(),
-        }
+        """Everything, in JSON types. Ids are list entries: as keys, JSON would turn 7 into "7"."""
+        ids, seen = list(self._row), self._seen[: len(self._row) + 1].tolist()
+        return {"discount": self.discount, "prior_strength": self.prior_strength, "ids": ids, "seen": seen}
 
     def load_state_dict(self, state: dict) -> None:
+        """Continue from a state_dict, bit for bit."""
         self.discount, self.prior_strength = state["discount"], state["prior_strength"]
         self._row = {i: row for row, i in enumerate(state["ids"])}
-        self._counts = np.array(state["counts"], float).reshape(-1, 2)
-        self._visits = np.array(state["visits"], np.int64).reshape(-1, VISITS_KEPT, 2)
+        self._seen = np.array(state["seen"], float)
 
 
-def _grown(a: np.ndarray, rows: int) -> np.ndarray:
-    out = np.zeros((rows, *a.shape[1:]), a.dtype)
-    out[: len(a)] = a
-    return out
+def _require(ok, name: str, value, fix: str) -> None:
+    """ValueError naming the argument, its value (of an array, the first bad one) and the fix."""
+    if not np.all(ok):
+        bad = np.broadcast_to(value, np.shape(ok))[~ok][0] if np.ndim(ok) else value
+        raise ValueError(f"{name} = {bad}: {fix}")
 
 
-# ----------------------------------------------------------------------------------------------
-# 2. Value: what is a group of n rollouts worth?
-# ----------------------------------------------------------------------------------------------
+def _vector(name: str, x, m: int | None = None) -> np.ndarray:
+    x = np.asarray(x, float)
+    _require(x.ndim == 1 and m in (None, len(x)), f"{name}.shape", x.shape, f"pass ({m or 'M'},)")
+    _require((x >= 0) & (x < np.inf), name, x, "pass finite numbers >= 0")
+    return x
 
 
+def _probability(p) -> np.ndarray:
+    p = np.asarray(p, float)
+    _require((p >= 0) & (p <= 1), "p", p, "pass numbers in [0, 1] (unseen prompts: a posterior)")
+    return p
+
+
+# ---- 2. Value: what is a group of n rollouts worth? --------------------------------------------------
 def prob_nonzero_gradient(n, p) -> np.ndarray:
-    """P(mixed group) = 1 - p^n - (1-p)^n (Sec. 3): right and wrong answers both occur.
-
-    n and p broadcast. Accurate to a few ulps: with m = min(p, q), 1 - (1-m)^n goes through
-    expm1/log1p, and m^n is then at most a third of it.
-    """
-    n, p = np.asarray(n, float), np.asarray(p, float)
-    _check(np.all(n >= 1), "n", n, "a group has at least 1 rollout")
-    _check(np.all((p >= 0) & (p <= 1)), "p", p, "probabilities lie in [0, 1]")
-    m = np.minimum(p, 1 - p)
+    """P(mixed group) = 1 - p^n - (1-p)^n, the paper's ProbNonZeroGradient: a group with no right answer,
+    or no wrong one, has zero advantages and so no gradient. n and p broadcast."""
+    n, p = np.asarray(n, float), _probability(p)
+    _require(n >= 1, "n", n, "a group has at least 1 rollout")
+    m = np.minimum(p, 1 - p)  # for a tiny m, 1 - (1-m)^n would round to 0
     return np.where(n == 1, 0.0, -np.expm1(n * np.log1p(-m)) - m**n)
 
 
 def info_gain(p) -> np.ndarray:
-    """InfoGain = p (1-p)^2 (Sec. 4): about the rise of p in one gradient step. Peak at p = 1/3."""
-    p = np.asarray(p, float)
-    return p * (1 - p) ** 2
+    """The paper's InfoGain = p (1-p)^2: about how far one gradient step lifts p. Peak at p = 1/3."""
+    return _probability(p) * (1 - np.asarray(p, float)) ** 2
 
 
 def value(n, p) -> np.ndarray:
-    """Value of n rollouts at a known p (Sec. 4): P(mixed group) x InfoGain."""
+    """The paper's value of n rollouts of a prompt with known p: P(mixed group) x InfoGain."""
     return prob_nonzero_gradient(n, p) * info_gain(p)
 
 
 class _Gains:
-    """What one more rollout adds, level by level: value(n+1, p) - value(n, p) = p q^2 (p^n q + q^n p).
+    """Iterator: what rollout 2, 3, 4, ... adds to each prompt's value, (M,) at a time.
 
-    With T1 = E[p^(n+1) q^3] and T2 = E[p^2 q^(n+2)] the gain is T1 + T2, both for a known p and
-    averaged over p ~ Beta(a, b), and a level up costs one ratio each:
-        known p      T1 *= p                          T2 *= q
-        Beta(a, b)   T1 *= (a+n+1) / (a+b+n+4)        T2 *= (b+n+2) / (a+b+n+4)
-    All terms are positive: nothing cancels (differences of log-gammas lose every digit by a = 1e4),
-    and all ratios are below 1: gains fall with n, values are concave.
+    value(n+1, p) - value(n, p) = p q^2 (T1 + T2)  with T1 = p^n q and T2 = q^n p. Averaged over
+    p ~ Beta(a, b), the factor p q^2 turns Beta(a, b) into E[p q^2] times Beta(a+1, b+2), and a step from
+    n to n + 1 is  T1 *= (a + n) / (a + b + n + 1),  T2 *= (b + n) / (a + b + n + 1).
+    For a known p it is T1 *= p, T2 *= q: the same lines with (a, b) = (p, q) and d = 0 for 1.
+
+    Only products and sums of positive numbers, so no digits are lost (a difference of log-gammas has
+    none left at a = b = 1e4). Factors are below 1: gains fall with n, so values are concave.
     """
 
-    def __init__(self, p, weights=None):
-        if isinstance(p, tuple):
-            a, b = (np.asarray(x, float) for x in p)
-            s = a + b
-            # E[p^2 q^3], rising factorials: a(a+1) b(b+1)(b+2) / s(s+1)(s+2)(s+3)(s+4)
-            t = (
-                a
-                / s
-                * ((a + 1) / (s + 1))
-                * (b / (s + 2))
-                * ((b + 1) / (s + 3))
-                * ((b + 2) / (s + 4))
-            )
-            self.up1, self.up2, self.down, self.step = a + 1, b + 2, s + 4, 1
-        else:
-            t = p**2 * (1 - p) ** 3
-            self.up1, self.up2, self.down, self.step = p, 1 - p, np.ones_like(p), 0
-        self.t1 = t if weights is None else t * weights
-        self.t2 = self.t1.copy()
-        self.n = 1  # the gains now held are those of rollout n + 1
+    def __init__(self, p, weights=None, bonus=None):
+        self.n, self.d = 1, int(isinstance(p, tuple))
+        a = _vector("alpha", p[0]) if self.d else _vector("p", _probability(p))
+        b = _vector("beta", p[1], len(a)) if self.d else 1 - a
+        _require(a + b > 0, "alpha + beta", a + b, "pass numbers > 0")
+        d, self.m, s = self.d, len(a), a + b
+        terms = [(a / s * (b / (s + d)) * ((b + d) / (s + 2 * d)), a + d, b + 2 * d)]  # E[p q^2]
+        if bonus is not None:  # bonus x P(mixed): a term without the factor p q^2
+            terms.append((_vector("bonus", bonus, self.m), a, b))
+        scale, a, b = (np.stack(x) for x in zip(*terms, strict=True))  # each (terms, M)
+        weight = 1 if weights is None else _vector("weights", weights, self.m)
+        t = weight * scale * (a / (a + b)) * (b / (a + b + d))  # at n = 1, T1 and T2 are both E[p q]
+        self.state = np.stack([t, t, a, b, a + b])  # (5, terms, M)
 
-    def __call__(self) -> np.ndarray:
-        return self.t1 + self.t2
-
-    def advance(self) -> None:
-        d = self.n * self.step
-        self.t1 *= (self.up1 + d) / (self.down + d)
-        self.t2 *= (self.up2 + d) / (self.down + d)
+    def __next__(self) -> np.ndarray:
+        t1, t2, a, b, s = self.state
+        gains, n, d = (t1 + t2).sum(0), self.n * self.d, self.d
+        t1 *= (a + n) / (s + n + d)
+        t2 *= (b + n) / (s + n + d)
         self.n += 1
+        return gains
 
-    def keep(self, mask) -> None:
-        """Forget the prompts outside mask."""
-        self.t1, self.t2 = self.t1[mask], self.t2[mask]
-        self.up1, self.up2, self.down = self.up1[mask], self.up2[mask], self.down[mask]
+    def of(self, which):
+        """A copy for some of the prompts (a mask or a slice)."""
+        part = copy.copy(self)
+        part.state = self.state[..., which].copy()
+        part.m = part.state.shape[-1]
+        return part
 
 
 def expected_value(n, alpha, beta) -> np.ndarray:
-    """E[value(n, p)] for p ~ Beta(alpha, beta): the sum of the first n - 1 expected gains."""
+    """E[value(n, p)] for p ~ Beta(alpha, beta): the sum of the first n - 1 gains. Broadcasts."""
     n, alpha, beta = np.broadcast_arrays(*(np.asarray(x, float) for x in (n, alpha, beta)))
-    _check(np.all(n >= 1), "n", n, "a group has at least 1 rollout")
-    _check_p((alpha, beta))
-    gains, total = _Gains((alpha, beta)), np.zeros(n.shape)
+    _require((n >= 1) & (n % 1 == 0), "n", n, "pass whole numbers >= 1")
+    gains, total = _Gains((alpha.ravel(), beta.ravel())), np.zeros(n.size)
     for k in range(1, int(n.max(initial=1))):
-        total += np.where(k < n, gains(), 0.0)
-        gains.advance()
-    return total
+        total += np.where(k < n.ravel(), next(gains), 0)
+    return total.reshape(n.shape)
 
 
+# ---- 3. Two theorems of the paper: how many rollouts does a gradient take? ---------------------------
 def expected_rollouts(p) -> np.ndarray:
-    """Expected rollouts until a group is mixed (Thm. 1): 1/p + 1/(1-p) - 1."""
-    p = np.asarray(p, float)
-    with np.errstate(divide="ignore"):
+    """Sampling a prompt until its group is mixed takes 1/p + 1/(1-p) - 1 rollouts on average."""
+    p = _probability(p)
+    with np.errstate(divide="ignore"):  # p in {0, 1}: inf
         return 1 / p + 1 / (1 - p) - 1
 
 
-def rollouts_for_confidence_approx(p, confidence) -> np.ndarray:
-    """The paper's N (Thm. 2), ln(1-c) / ln(max(p, q)): necessary, but not always sufficient."""
-    p = np.asarray(p, float)
-    with np.errstate(divide="ignore"):
-        return np.log1p(-np.asarray(confidence, float)) / np.log1p(-np.minimum(p, 1 - p))
+def rollouts_for_confidence(p, confidence) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest n with P(mixed group) >= confidence, and beside it the paper's count.
+
+    The paper's ln(1 - confidence) / ln(max(p, q)) solves max(p, q)^n = 1 - confidence: so many are needed.
+    Rounded up, or one more, they suffice, as p^n + q^n <= max(p, q)^(n-1). p in {0, 1}: inf.
+    """
+    p, c = _probability(p), np.asarray(confidence, float)
+    _require((c > 0) & (c < 1), "confidence", c, "choose it in (0, 1)")
+    m = np.minimum(p, 1 - p)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        paper = np.log1p(-c) / np.log1p(-m)
+        n = np.ceil(paper * (1 - 1e-14))  # a whole number may come out a rounding error too high
+        return n + (np.exp(n * np.log1p(-m)) + m**n > 1 - c), paper
 
 
-def rollouts_for_confidence(p, confidence) -> np.ndarray:
-    """Smallest n with P(mixed group) >= confidence, exactly: the paper's N rounded up, or one more,
-    because p^n + q^n <= max(p, q)^(n-1)."""
-    n = np.maximum(np.ceil(rollouts_for_confidence_approx(p, confidence) - 1e-9), 2)
-    p = np.asarray(p, float)
-    short = p**n + (1 - p) ** n > 1 - np.asarray(confidence, float)
-    return n + short
-
-
-# ----------------------------------------------------------------------------------------------
-# 3. The knapsack, exactly: dynamic programming
-# ----------------------------------------------------------------------------------------------
-
-
+# ---- 4. The knapsack, exactly: dynamic programming ---------------------------------------------------
 def solve_dp(values, capacity: int, costs=None) -> np.ndarray:
-    """Multiple-choice knapsack: one option k for each item, total cost <= capacity, highest value.
+    """Multiple-choice knapsack: one option per item, total cost <= capacity, the highest total.
 
-    values (M, K): values[i, k] of option k; any shape of curve, -inf forbids an option.
-    costs  (M, K) whole numbers; None: option k costs k.
-    Returns (M,) the option of each item; of equal ones the smallest.
+    values (M, K)  values[i, k] of option k of item i, any curve; -inf forbids the option
+    costs  (M, K)  whole numbers >= 0; None: option k costs k (k more rollouts)
+    Returns (M,), the option chosen for each item.
 
-    best[c] is the value of the items so far at cost <= c; one row is kept. For the way back, choice
-    (M, capacity + 1) holds one byte a cell while K <= 256, two beyond.
+    best[c] is the highest total of the items so far at a cost <= c. Only its newest row is kept; the way
+    back is in `choice`, (M, capacity + 1) of one byte a cell (two if K > 256).
     """
     values = np.asarray(values, float)
-    m, k = values.shape
-    costs = np.broadcast_to(np.arange(k), (m, k)) if costs is None else np.asarray(costs)
-    best = np.zeros(capacity + 1)
-    choice = np.empty((m, capacity + 1), np.uint8 if k <= 256 else np.uint16)
+    _require(values.ndim == 2 and values.shape[1], "values.shape", values.shape, "pass (M, K)")
+    _require(values < np.inf, "values", values, "pass finite values, or -inf to forbid")  # nor NaN
+    _require(capacity >= 0 and capacity % 1 == 0, "capacity", capacity, "pass a whole number >= 0")
+    (m, k), capacity = values.shape, int(capacity)
+    costs = np.broadcast_to(np.arange(k) if costs is None else costs, (m, k))
+    _require((costs >= 0) & (costs % 1 == 0), "costs", costs, "pass whole numbers >= 0")
+    costs = np.minimum(costs, capacity + 1).astype(int)  # dearer ones are out of reach just the same
+    best, choice = np.zeros(capacity + 1), np.empty((m, capacity + 1), np.min_scalar_type(k - 1))
     for i in range(m):
-        reach = int(costs[i].max(initial=0))
-        padded = np.concatenate([np.full(reach, -np.inf), best])
-        windows = np.lib.stride_tricks.sliding_window_view(padded, capacity + 1)
-        total = windows[reach - costs[i]] + values[i][:, None]  # (K, C+1): best[c - cost_k] + v_k
-        choice[i] = total.argmax(axis=0)
-        best = total.max(axis=0)
-    if not np.isfinite(best[-1]):
-        raise ValueError(f"capacity {capacity} holds no choice of options: raise it")
-    picks, c = np.zeros(m, np.int64), capacity
+        # Row k of `total` is best[c - cost_k] + v_k: best, moved right by cost_k from behind a wall.
+        wall = np.full(costs[i].max(), -np.inf)
+        moved = np.lib.stride_tricks.sliding_window_view(np.append(wall, best), capacity + 1)
+        total = moved[len(wall) - costs[i]]  # (K, capacity + 1), a copy
+        total += values[i][:, None]
+        choice[i] = total.argmax(0)
+        best = total[choice[i], np.arange(capacity + 1)]
+    _require(best[-1] > -np.inf, "capacity", capacity, "no choice of options fits: raise it")
+    picks, left = np.zeros(m, np.int64), capacity
     for i in reversed(range(m)):
-        picks[i] = choice[i, c]
-        c -= int(costs[i, picks[i]])
+        picks[i] = choice[i, left]
+        left -= costs[i, picks[i]]
     return picks
 
 
 def solve_dp_torch(values, capacity: int):
-    """solve_dp for unit costs on a torch tensor, on its device; returns an int64 tensor there."""
+    """solve_dp with unit costs for a tensor (M, K), on its device and in its dtype."""
     import torch
 
     m, k = values.shape
-    wall = values.new_full((k - 1,), -torch.inf)
-    best = values.new_zeros(capacity + 1)
+    best, wall = values.new_zeros(capacity + 1), values.new_full((k - 1,), -torch.inf)
     choice = torch.empty((m, capacity + 1), dtype=torch.int16, device=values.device)
     for i in range(m):
-        windows = torch.cat([wall, best]).unfold(0, capacity + 1, 1).flip(0)  # (K, C+1)
-        best, pick = (windows + values[i][:, None]).max(dim=0)
-        choice[i] = pick
-    choice = choice.cpu()
-    picks, c = torch.zeros(m, dtype=torch.int64), capacity
+        moved = torch.cat([wall, best]).unfold(0, capacity + 1, 1).flip(0)  # (K, capacity + 1)
+        best, choice[i] = (moved + values[i][:, None]).max(0)
+    choice, picks, left = choice.cpu(), torch.zeros(m, dtype=torch.int64), capacity
     for i in reversed(range(m)):
-        picks[i] = choice[i, c]
-        c -= int(picks[i])
+        picks[i] = choice[i, left]
+        left -= int(picks[i])
     return picks.to(values.device)
 
 
-# ----------------------------------------------------------------------------------------------
-# 4. The fast path: marginal gains
-# ----------------------------------------------------------------------------------------------
+# ---- 5. The fast path: buy the best next rollout, again and again ------------------------------------
+def solve_greedy(values, capacity: int) -> np.ndarray:
+    """solve_dp for concave rows and unit costs: take the `capacity` largest gains. Returns (M,).
+
+    Concave: a prompt's gains fall, so its largest are its first, and the largest of all are a legal choice.
+    Of equal gains the lower level goes first, then the lower index.
+    """
+    gains = np.diff(np.asarray(values, float)).T  # (K-1, M)
+    _require(gains[1:] <= gains[:-1], "gain", gains[1:], "rows must be concave: use solve_dp")
+    items = np.tile(np.arange(gains.shape[1]), len(gains))
+    return np.bincount(_top(gains.ravel(), items, capacity)[1], minlength=gains.shape[1])
 
 
-def _best(gains: np.ndarray, items: np.ndarray, capacity: int):
-    """The `capacity` largest gains (of equal ones the first), their items, and the smallest taken."""
+def _top(gains, items, capacity):
+    """The `capacity` largest gains, of equal ones the first; their items; the smallest of them."""
     if len(gains) <= capacity:
         return gains, items, -np.inf
-    price = np.partition(gains, len(gains) - capacity)[len(gains) - capacity]
+    price = -np.partition(-gains, capacity - 1)[capacity - 1] if capacity else np.inf
     take = gains > price
     take[np.flatnonzero(gains == price)[: capacity - np.count_nonzero(take)]] = True
     return gains[take], items[take], price
 
 
-def _buy(gains: _Gains, m: int, levels: int, capacity: int) -> np.ndarray:
-    counts = np.zeros(m, np.int64)
-    if capacity == 0:
-        return counts
-    items, price = np.arange(m), -np.inf
-    held_g, held_i = np.empty(0), np.empty(0, np.int64)
-    fresh: list = []
-    size = 0
+def _buy(gains: _Gains, levels: int, capacity: int, price: float = -np.inf):
+    """solve_greedy on the next `levels` gains, computed level by level while they are above `price`, which
+    rises once we hold more than we can buy: 10^6 prompts x 128 levels are never in memory at once.
+    Returns the counts (M,) and the smallest gain bought."""
+    if price == -np.inf and gains.m > 2**16:
+        # Guess the price on every 64th prompt, a little low: what is cheaper need never be held.
+        guess = 0.98 * _buy(gains.of(slice(None, None, 64)), levels, capacity // 64)[1]
+        counts, last = _buy(gains.of(slice(None)), levels, capacity, guess)
+        if counts.sum() == capacity:  # enough lay above the guess, so the best did
+            return counts, last
+    m, items, held = gains.m, np.arange(gains.m), [(np.zeros(0), np.zeros(0, int))]
     for _ in range(levels):
-        g = gains()
-        keep = g > price
+        now = next(gains)
+        keep = now > price  # not >=: of equal gains the earlier level goes first
         if not keep.all():
-            items, g = items[keep], g[keep]
-            gains.keep(keep)
+            now, items, gains = now[keep], items[keep], gains.of(keep)
+        held.append((now, items))
+        if sum(len(x) for x, _ in held) >= capacity + m:
+            *best, price = _top(*map(np.concatenate, zip(*held, strict=True)), capacity)
+            held = [best]
         if not len(items):
             break
-        fresh.append((g, items))
-        size += len(g)
-        if size >= capacity + m:
-            held_g = np.concatenate([held_g] + [f[0] for f in fresh])
-            held_i = np.concatenate([held_i] + [f[1] for f in fresh])
-            held_g, held_i, price = _best(held_g, held_i, capacity)
-            fresh, size = [], len(held_g)
-        gains.advance()
-    held_g = np.concatenate([held_g] + [f[0] for f in fresh])
-    held_i = np.concatenate([held_i] + [f[1] for f in fresh])
-    return np.bincount(_best(held_g, held_i, capacity)[1], minlength=m)
+    bought, who, _ = _top(*map(np.concatenate, zip(*held, strict=True)), capacity)
+    return np.bincount(who, minlength=m), bought.min(initial=np.inf)
 
 
-def solve_greedy(values, capacity: int) -> np.ndarray:
-    """solve_dp for concave rows and unit costs: take the `capacity` largest gains."""
-    values = np.asarray(values, float)
-    gains = np.diff(values, axis=1)
-    m, k = gains.shape
-    items = np.tile(np.arange(m), k)
-    return np.bincount(_best(gains.T.ravel(), items, capacity)[1], minlength=m)
+def _buy_costly(gains: _Gains, levels: int, capacity: int, costs) -> np.ndarray:
+    """(M,) extra rollouts, costs[i] each, of the highest total that `capacity` pays for.
 
-
-# ----------------------------------------------------------------------------------------------
-# 5. Allocation
-# ----------------------------------------------------------------------------------------------
-
-
-def _check(ok, name: str, got, fix: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} = {np.array2string(np.asarray(got), threshold=6)}: {fix}")
-
-
-def _check_p(p):
-    if isinstance(p, tuple):
-        a, b = (np.asarray(x, float) for x in p)
-        for name, x in (("alpha", a), ("beta", b)):
-            _check(np.all((x > 0) & np.isfinite(x)), name, x, "must be positive and finite")
-        _check(a.shape == b.shape, "(alpha, beta) shapes", (a.shape, b.shape), "must be equal")
-        return a, b
-    p = np.asarray(p, float)
-    _check(np.all((p >= 0) & (p <= 1)), "p", p, "probabilities lie in [0, 1]")
-    return p
-
-
-def _size(p) -> int:
-    return len(p[0] if isinstance(p, tuple) else p)
-
-
-def _check_bounds(m, budget, n_min, n_max):
-    if not 1 <= n_min <= n_max:
-        raise ValueError(f"n_min = {n_min}, n_max = {n_max}: choose 1 <= n_min <= n_max")
-    if budget < m * n_min:
-        raise ValueError(
-            f"budget {budget} < {m} prompts x n_min {n_min}: raise budget or lower n_min"
-        )
-    if budget > m * n_max:
-        raise ValueError(
-            f"budget {budget} > {m} prompts x n_max {n_max}: lower budget or raise n_max"
-        )
-
-
-def allocate(p, budget: int, n_min: int = 2, n_max: int = 128, weights=None) -> np.ndarray:
-    """Counts (M,) that maximise the summed (expected) value with sum(counts) == budget.
-
-    p: (M,) known probabilities, or the pair (alpha, beta) of Beta posteriors.
+    Buying by gain / cost until one does not fit stays within price x (what is left over) of `bound`, the
+    optimum if rollouts could be cut. Having k falls short of the bound by loss[i, k], so what loses more
+    than a known answer is out. The DP runs over what loses at most `slack`, and again with more slack
+    until its answer is that close to the bound: then it is optimal.
     """
-    p = _check_p(p)
-    m = _size(p)
-    _check_bounds(m, budget, n_min, n_max)
-    gains = _Gains(p, weights)
-    for _ in range(n_min - 1):
-        gains.advance()
-    return n_min + _buy(gains, m, n_max - n_min, budget - m * n_min)
+    m, table = gains.m, np.reshape([next(gains) for _ in range(levels)], (levels, gains.m))
+    density = (table / costs).ravel()
+    order = np.argsort(-density, kind="stable")
+    fit = np.searchsorted(np.cumsum(costs[order % m]), capacity, "right")
+    if fit == len(order) or density[order[fit]] == 0:  # everything of value is bought
+        return np.bincount(order[:fit] % m, minlength=m)
+    price = density[order[fit]]
+    worth = np.vstack([np.zeros(m), table.cumsum(0)]).T  # (M, levels + 1)
+    surplus = worth - price * costs[:, None] * np.arange(levels + 1)
+    loss, bound = surplus.max(1, keepdims=True) - surplus, surplus.max(1).sum() + price * capacity
+    slack = max(price, 1e-12 * bound)
+    while True:
+        low, width = (loss <= slack).argmax(1), (loss <= slack).sum(1)  # loss is convex: one run each
+        free, k = width > 1, np.arange(width.max())
+        options = np.take_along_axis(worth, np.minimum(low[:, None] + k, levels), 1)[free]  # (free, K)
+        options[k >= width[free, None]] = -np.inf
+        extra = k * costs[free, None]
+        room = min(capacity - low @ costs, extra.max(1).sum())
+        low[free] += solve_dp(options, room, extra)
+        missed = bound - worth[np.arange(m), low].sum()
+        if missed <= slack:
+            return low
+        slack = min(4 * slack, missed)
+
+
+# ---- 6. Allocation -----------------------------------------------------------------------------------
+def allocate(p, budget: int, n_min: int = 2, n_max: int = 128, weights=None, bonus=None, costs=None):
+    """Counts (M,) of the highest summed value, n_min <= counts <= n_max, sum(counts) == budget.
+
+    p        (M,) known probabilities, or the pair (alpha, beta) of a Beta posterior, each (M,)
+    weights  (M,) a prompt's value times this: several objectives in one knapsack
+    bonus    (M,) what a mixed group is worth besides its InfoGain: P(mixed) x (InfoGain + bonus).
+             InfoGain starves prompts that were never solved; tests/bench_allocation.py measures what
+             bonus=np.where(tracker.solved(ids), 0.01, 0.4) wins back, and what that costs.
+    costs    (M,) whole numbers, the cost of one rollout (such as its expected tokens), which is what the
+             budget then limits: the best counts with sum(costs * counts) <= budget
+    No case is special: p = 0 and p = 1 gain nothing and get what nobody else can use. Of equal gains the
+    prompt with fewer rollouts is served first, then the lower index.
+    """
+    gains = _Gains(p, weights, bonus)
+    cost = _vector("costs", np.ones(gains.m) if costs is None else costs, gains.m)
+    _require((cost >= 1) & (cost % 1 == 0), "costs", cost, "pass whole numbers >= 1")
+    capacity = _spare(int(cost.sum()), budget, n_min, n_max)
+    for _ in range(1, n_min):
+        next(gains)
+    if costs is None:
+        return n_min + _buy(gains, n_max - n_min, capacity)[0]
+    return n_min + _buy_costly(gains, n_max - n_min, capacity, cost.astype(int))
+
+
+def _spare(m: int, budget: int, n_min: int, n_max: int) -> int:
+    """What is left of the budget once every prompt has n_min. (m: prompts, or the cost of one each)"""
+    for name, x in (("budget", budget), ("n_min", n_min), ("n_max", n_max)):
+        _require(x % 1 == 0, name, x, "pass a whole number")
+    _require(n_min >= 1, "n_min", n_min, "a group has at least 1 rollout")
+    _require(n_max >= n_min, "n_max", n_max, f"raise it to n_min = {n_min} or lower that")
+    _require(budget >= m * n_min, "budget", budget, f"raise it to {m} x n_min = {m * n_min} or lower n_min")
+    _require(budget <= m * n_max, "budget", budget, f"lower it to {m} x n_max = {m * n_max} or raise n_max")
+    return int(budget - m * n_min)
 
 
 def allocate_paper(p_hat, budget: int, n_min: int = 2, n_max: int = 128) -> np.ndarray:
-    """The paper's rule on its windowed estimate; NaN anywhere (first epoch): uniform.
+    """The paper's rule, on tracker.windowed_rate(ids). NaN anywhere (first epoch): uniform.
 
-    Prompts with p_hat in {0, 1} get n_min outside the knapsack. The others get a knapsack of at most
-    what they are estimated to need (Thm. 2 at confidence 0.9); what that leaves goes to p_hat = 0.
+    p_hat in {0, 1}: n_min, outside the knapsack. The others share a knapsack of at most the rollouts they
+    are estimated to need (section 3, at confidence 0.9); what that leaves goes to p_hat = 0. What n_max
+    still leaves goes back into the knapsack, and last to p_hat = 1.
     """
     p_hat = np.asarray(p_hat, float)  # (M,)
-    m = len(p_hat)
-    _check_bounds(m, budget, n_min, n_max)
+    left, room = _spare(len(p_hat), budget, n_min, n_max), n_max - n_min
     if np.isnan(p_hat).any():
-        return uniform(m, budget)
-    inside = np.flatnonzero((p_hat > 0) & (p_hat < 1))
-    zeros, ones = np.flatnonzero(p_hat == 0), np.flatnonzero(p_hat == 1)
-    need = np.minimum(rollouts_for_confidence_approx(p_hat[inside], 0.9).astype(int), n_max).sum()
-    left, room = budget - m * n_min, n_max - n_min
-    knapsack = min(left, need, room * len(inside))
-    to_zeros = min(left - knapsack, room * len(zeros))
-    knapsack += min(left - knapsack - to_zeros, room * len(inside) - knapsack)
-    counts = np.full(m, n_min)
-    if len(inside):
-        counts[inside] = allocate(p_hat[inside], knapsack + n_min * len(inside), n_min, n_max)
-    for group, extra in ((zeros, to_zeros), (ones, left - knapsack - to_zeros)):
-        if len(group):
-            counts[group] += uniform(len(group), extra)
+        return uniform(len(p_hat), budget)
+    inside = np.flatnonzero((_probability(p_hat) > 0) & (p_hat < 1))
+    hard, easy = np.flatnonzero(p_hat == 0), np.flatnonzero(p_hat == 1)
+    need = np.minimum(rollouts_for_confidence(p_hat[inside], 0.9)[1], n_max).astype(int).sum()
+    to_hard = min(left - min(left, need, room * len(inside)), room * len(hard))
+    knapsack = min(left - to_hard, room * len(inside))
+    counts = np.full(len(p_hat), n_min)
+    counts[inside] = allocate(p_hat[inside], knapsack + n_min * len(inside), n_min, n_max)
+    counts[hard] += uniform(len(hard), to_hard)
+    counts[easy] += uniform(len(easy), left - to_hard - knapsack)
     return counts
 
 
 def uniform(m: int, budget: int) -> np.ndarray:
-    """GRPO's rule: budget / m rollouts each; a remainder goes to the first prompts."""
-    return budget // m + (np.arange(m) < budget % m)
+    """GRPO's rule: budget / m rollouts each (M,); a remainder goes to the first prompts."""
+    _require(budget >= 0 and budget % 1 == 0, "budget", budget, "pass a whole number >= 0")
+    _require(m > 0 or m == budget == 0, "m", m, "pass the number of prompts that share the budget")
+    return budget // max(m, 1) + (np.arange(m) < budget % max(m, 1))
 
 
 def shadow_price(p, counts, n_max: int = 128) -> float:
-    """Value of the last rollout bought: the knapsack's shadow price."""
-    p, counts = _check_p(p), np.asarray(counts)
+    """Value of the last rollout bought: about what one more unit of budget is worth.
+
+    Rollouts that n_min forced are worth less than the best one not bought (n_max: not for sale).
+    """
     gains = _Gains(p)
-    last, following = np.zeros(len(counts)), np.zeros(len(counts))
-    for n in range(1, int(counts.max(initial=1)) + 1):
-        g = gains()
-        last = np.where(counts == n + 1, g, last)
-        following = np.where((counts == n) & (n < n_max), g, following)
-        gains.advance()
-    refused = following.max(initial=0.0)  # the best rollout not bought
-    bought = last[(last >= refused) & (counts > 1)]  # n_min forces some that are worth less
-    return float(bought.min(initial=np.inf)) if len(bought) else float(refused)
+    counts = _vector("counts", counts, gains.m)
+    last, refused = np.full(gains.m, np.inf), 0.0
+    for n in range(1, int(counts.max(initial=0)) + 1):
+        now = next(gains)
+        last = np.where(counts == n + 1, now, last)
+        refused = now[(counts == n) & (n < n_max)].max(initial=refused)
+    bought = last[last >= refused].min(initial=np.inf)
+    return float(bought if bought < np.inf else refused)
 
 
 def allocate_at_price(p, price: float, n_min: int = 2, n_max: int = 128) -> np.ndarray:
-    """Counts (M,): buy every rollout worth at least `price`. The budget follows from the price."""
-    p = _check_p(p)
+    """Counts (M,): n_min, and every further rollout worth at least `price`, up to n_max.
+
+    The budget follows: large while many prompts are undecided, small once most are always right. At
+    price shadow_price(p, counts) the counts of allocate come back, but for ties.
+    """
     gains = _Gains(p)
-    counts = np.full(_size(p), n_min)
+    _require(price >= 0, "price", price, "pass a number >= 0; shadow_price gives the scale")
+    _spare(gains.m, gains.m * n_min, n_min, n_max)
+    counts = np.full(gains.m, n_min)
     for n in range(1, n_max):
-        if n >= n_min:
-            counts += gains() >= price
-        gains.advance()
+        counts += (n >= n_min) & (next(gains) >= price)
     return counts
