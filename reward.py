@@ -19,10 +19,12 @@ math-verify (sympy), which can hang or eat the memory: it runs in processes that
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import itertools
 import json
+import logging
 import random
 import re
 import signal
@@ -150,6 +152,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[int, object]]:
 def _hub_rows(name: str) -> Iterator[tuple[int, object]]:
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it logs each retry
     hub_id, config, split, prompt, answer, container = HUB[name]
     try:
         rows = datasets.load_dataset(hub_id, config, split=split)
@@ -345,6 +348,7 @@ def _tidy(text: str, alone: bool) -> str:
     return text.strip().rstrip(".,;: " if alone else None)
 
 
+BASED = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 NUMBER = re.compile(r"([-+]?)(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(\.[0-9]+|/0*[1-9][0-9]*)?(\\%)?")
 
 
@@ -358,14 +362,16 @@ def _number(answer: str) -> tuple[Fraction, bool, bool] | None:
     return value, bool(percent), rest.startswith(".")
 
 
-def _decide(given: str, gold: str) -> float | None:
+def _decide(given: str, alone: bool, gold: str) -> float | None:
     """The verdict where text or plain numbers settle it; None where it takes math-verify."""
     if "".join(given.split()) == "".join(gold.split()):
         return 1.0
-    if not given or len(given) > MAX_ANSWER:
+    if not given or (alone and len(given) > MAX_ANSWER):
         return 0.0
     if (letter := LETTER.fullmatch(given)) and (gold_letter := LETTER.fullmatch(gold)):
         return float(letter[1] == gold_letter[1])
+    if (based := BASED.fullmatch(given)) and (gold_based := BASED.fullmatch(gold)):
+        return float(based.groups() == gold_based.groups())  # math-verify drops the bases of 43_5 and 43_7
     if (left := _number(given)) is None or (right := _number(gold)) is None:
         return None
     (a, a_percent, a_decimals), (b, b_percent, b_decimals) = left, right
@@ -477,7 +483,7 @@ class Verifier:
         undecided: dict[tuple[str, bool, str], list[int]] = {}  # job -> where its verdict goes
         for i, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
             given, alone = _extract(completion, golds[answer])
-            verdict = _decide(given, golds[answer])
+            verdict = _decide(given, alone, golds[answer])
             if verdict is None:
                 undecided.setdefault((given, alone, golds[answer]), []).append(i)
             else:
@@ -556,6 +562,7 @@ class _Worker:
 
 
 _shared = Verifier(workers=1)  # for score(): no process before it needs one
+atexit.register(_shared.close)
 
 
 class _TimeUp(BaseException):
@@ -564,7 +571,6 @@ class _TimeUp(BaseException):
 
 def _serve(pipe: Connection, timeout: int) -> None:
     """A worker's life: a reply to each job, until the pipe closes."""
-    import logging
     import resource
 
     import math_verify  # noqa: F401  (takes a second: now, not in the first job's time)
