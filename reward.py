@@ -250,7 +250,7 @@ def score(completion: str, answer: str) -> float:
     - * 8 2 is a list of two (math-verify adds them up to 10); 3+5 equals 8, worked out or not
     - units, currencies and degree signs are dropped, not converted: 5 cm equals 5 and 5 m
     - sets and lists in any order, tuples and intervals in theirs; x < 3 equals (-\infty, 3); x = 5 equals 5
-    - words and single letters in either case
+    - words in \text{} and single letters in either case; 43_5 equals 43 * but not 43_7
 
     Never raises on a completion, whatever is in it: one that math-verify does not finish gets 0.0 and a
     warning. Keeps one worker process for the life of this one; for a batch, use a Verifier of your own.
@@ -446,7 +446,7 @@ class Verifier:
 
     Workers are new processes, not forks, and do not import your main module as multiprocessing's do: safe
     beside CUDA, from threads, in pytest, in a script without a main guard. Use a with statement or call
-    close(); they also end by themselves when this process does.
+    close(); they also end by themselves when this process does. Linux and macOS only.
     """
 
     def __init__(self, workers: int = 2, timeout: int = 5):
@@ -580,7 +580,8 @@ def _serve(pipe: Connection, timeout: int) -> None:
 
     logging.disable(logging.WARNING)  # it warns that its own time limits are off
     signal.signal(signal.SIGALRM, time_up)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if sys.platform == "linux":  # macOS has the call, but not the limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     pipe.send("ready")
     while True:
         try:

@@ -1,0 +1,818 @@
+"""reward.py: verdicts of both kinds on every form of answer, hostile completions, tasks and their faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reward
+from reward import Task, Verifier, last_boxed, load_tasks, score, split_held_out
+
+ROOT = Path(reward.__file__).parent
+LINUX = sys.platform == "linux"  # elsewhere: no /proc to look into, and no memory limit
+
+# ------------------------------------------------------------------------------------- verdicts
+# One gold answer a line, then answers that must count as right (RIGHT) or wrong (WRONG), after " ~ ".
+
+RIGHT = r"""
+# integers and decimals
+10 ~ 10 ~ +10 ~ 10.0 ~ 010 ~ {10} ~ $10$ ~ \approx 10 ~ \text{10}
+-5 ~ -5 ~ −5 ~ - 5 ~ -5.
+0 ~ -0 ~ 0.0
+0.5 ~ .5 ~ 0.50 ~ 1/2
+0.333333 ~ 0.3333333
+12345678901234567890 ~ 12345678901234567890
+# thousands, the decimal comma
+1234 ~ 1,234 ~ 1{,}234 ~ 1\,234 ~ 1 234
+1,234 ~ 1234 ~ 1234.0
+1234567 ~ 1,234,567 ~ 1{,}234{,}567 ~ 1\ 234\ 567
+1234.5 ~ 1,234.5
+29,\!322,\!216 ~ 29322216
+\dfrac{1}{29,\!322,\!216} ~ \frac{1}{29322216}
+3.5 ~ 3{,}5
+3{,}5 ~ 3.5
+# fractions and mixed numbers
+1/2 ~ \frac{1}{2} ~ ½ ~ \frac12 ~ \left(\frac{1}{2}\right)
+\frac{1}{2} ~ 0.5 ~ 2/4 ~ \dfrac{1}{2} ~ \tfrac12 ~ \frac 1 2 ~ \frac{3}{6}
+-\frac{1}{2} ~ \frac{-1}{2} ~ \frac{1}{-2} ~ -1/2 ~ -0.5
+\frac13 ~ 0.333333 ~ 1/3
+-1./3 ~ -\frac{1}{3}
+\frac{\sqrt{3}}{3} ~ \frac{1}{\sqrt{3}}
+3:4 ~ 3/4
+\frac{3}{2} ~ 1\frac{1}{2} ~ 1 1/2 ~ 1½ ~ 1.5 ~ 1 \frac{1}{2} ~ 1\frac12
+1\frac{1}{2} ~ 3/2 ~ 1.5
+1 1/2 ~ 1\frac12
+-\frac{3}{2} ~ -1 1/2 ~ -1\frac{1}{2}
+# percentages
+28\% ~ 28 ~ 28% ~ 28 \% ~ 0.28 ~ \frac{7}{25} ~ 7/25 ~ 28 percent ~ 28\text{ percent}
+\frac{7}{25} ~ 28\%
+0.28 ~ 28%
+28 ~ 28\%
+28.5\% ~ 28.5 ~ 0.285
+12.5\% ~ 1/8
+# e-notation and N x 10^k
+1.85e5 ~ 185000 ~ 185,000 ~ 1.85 \times 10^{5} ~ 1.85 \cdot 10^5 ~ 1.85 x 10^5 ~ 1.85E5 ~ 18.5e4
+185000 ~ 1.85e5 ~ 1.85 \times 10^5
+1.6e-19 ~ 1.6 \times 10^{-19} ~ 1.6 \times 10^-19 ~ 1.6 × 10^(-19) ~ 1.60e-19 ~ 1.6 \times 10^{-19}\text{ C}
+1.6\times 10^{-19} ~ 1.6E-19
+4.5e33 ~ 4.5 \times 10^{33}
+6.02e+23 ~ 6.02*10^23
+1e-5 ~ 10^{-5} ~ 10^-5 ~ 0.00001
+100000 ~ 10^5 ~ 1e5
+# units, degrees, currencies: dropped
+180\text{ miles} ~ 180 ~ 180 miles
+180 ~ 180\text{ miles}
+5\text{ cm} ~ 5 cm ~ 5 ~ 5\,\text{cm} ~ 5\text{ m}
+5 \mathrm{~km} ~ 5
+12 ~ 12 \text{ square inches} ~ 12 \text{ cm}^2
+5 ~ 5 apples
+18 ~ 18 dollars ~ \$18 ~ $18 ~ €18 ~ £18
+7\text{ hours}. ~ 7
+90^\circ ~ 90 ~ 90^{\circ} ~ 90°
+90 ~ 90^\circ ~ 90° ~ 90 degrees
+\$18.90 ~ 18.9 ~ \$18.90
+$18 ~ 18
+-18 ~ -\$18
+\$1,234 ~ 1234
+# algebra
+2x+1 ~ 1+2x
+(x+1)^2 ~ x^2+2x+1 ~ (1+x)^2
+y=2x+1 ~ 2x+1
+5 ~ x=5 ~ x = 5 ~ 2+3
+x=5 ~ 5
+x^2+1=0 ~ x^2=-1
+a+b+c ~ a + b + c
+\sin^2 t ~ \sin^2(t)
+\sin^2 x ~ 1-\cos^2 x
+x^2 ~ x²
+p - q ~ -q+p
+m_{\max}=n^2-n-1 ~ m_{\max} = n^2-n-1
+# roots, powers, constants
+\sqrt{2} ~ 2^{1/2} ~ 1.41421356 ~ sqrt(2) ~ √2 ~ \frac{2}{\sqrt{2}}
+2\sqrt{3} ~ \sqrt{12} ~ 2\sqrt 3 ~ 2√3
+\pi ~ π ~ 3.14159265
+2\pi ~ 2π
+1024 ~ 2^10 ~ 2^{10}
+3628800 ~ 10!
+\binom{5}{2} ~ 10
+\log_2 8 ~ 3
+1+2i ~ 2i+1
+\infty ~ ∞
+# intervals
+(1,2] ~ (1,2] ~ (1, 2] ~ \left(1,2\right]
+(1,2)\cup(3,4) ~ (3,4)∪(1,2)
+(-\infty,3) ~ x<3
+x<3 ~ (-\infty,3) ~ 3 > x
+[3,\infty) ~ x\ge 3
+x \ge 3 ~ x≥3
+\left[0,\frac12\right) ~ [0,0.5)
+1<x<2 ~ (1,2)
+# sets, lists, tuples
+\{1,2,3\} ~ \{3,1,2\} ~ 3,1,2
+1,2,3 ~ 3,1,2
+2,3 ~ \{3,2\}
+\pm 3 ~ -3,3 ~ 3,-3
+3 \text{ or } 5 ~ 5,3
+3 and 5 ~ 3,5
+8,2 ~ 8 2
+(2,3) ~ (2, 3) ~ 2,3
+\left(3,\frac{\pi}{2}\right) ~ (3,\pi/2)
+\emptyset ~ \{\}
+# matrices
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+\begin{pmatrix}1/2\\2\end{pmatrix} ~ \begin{pmatrix}0.5\\ 2\end{pmatrix}
+# choices and words
+C ~ C ~ \text{(C)} ~ (C) ~ C. ~ \mathrm{C} ~ C) 42 ~ c
+\textbf{(C)} ~ C
+\text{(E)}, ~ E
+E ~ \text{(E)}
+Evelyn ~ \text{Evelyn}
+\text{Evelyn} ~ evelyn
+\text{yes} ~ \text{Yes}
+\text{no solution} ~ \text{No solution}
+05\!:\!00 ~ 05:00
+43_5 ~ 43_{5} ~ 43
+"""
+
+WRONG = r"""
+# numbers
+10 ~ 11 ~ -10 ~ 100 ~ 10.1
+5 ~ 5.01 ~ 4.99999
+0.5 ~ 0.51 ~ 5
+0 ~ \text{none} ~ {} ~ 1e-3
+6 ~ six
+12345678901234567890 ~ 12345678901234567891
+1234 ~ 1,235 ~ 1{,}23
+12345 ~ 12\,346
+3.5 ~ 3,5
+1/2 ~ 1/3 ~ 2
+\frac13 ~ 0.333
+\frac{1}{2} ~ \frac{2}{1} ~ \frac{1}{0} ~ 1\frac{1}{2}
+\frac{3}{2} ~ 11/2 ~ 1 1/3
+357 ~ 12 345
+# numbers side by side are not added up
+10 ~ 8 2 ~ 3 5 2
+3 ~ 1 2
+# percentages
+28\% ~ 29 ~ 2800\% ~ 2.8
+28 ~ 0.28
+\frac{7}{25} ~ 28
+0.28 ~ 0.28\%
+# e-notation: tiny is not zero
+1.6e-19 ~ 9.1e-31 ~ 0 ~ 1.6 ~ 1.6e19 ~ 1.7e-19
+1.6\times 10^{-19}\text{ C} ~ 9.1\times 10^{-31}\text{ C}
+1.85e5 ~ 1.85e6
+# units, degrees, currencies
+180\text{ miles} ~ 181 \text{ miles}
+90^\circ ~ 91
+\frac{\pi}{2} ~ 90^\circ
+\$18.90 ~ 18.99
+# algebra
+2x+1 ~ 2x-1
+x^2 ~ y^2
+x=5 ~ x=6
+5 ~ x=6
+a+b+c ~ a+b+d ~ a + b + g ~ a + b
+\sin^2 t ~ \cos^2 t ~ \sin^2 m
+(x+1)^2 ~ x^2+1
+\sqrt{2} ~ 1.414 ~ 2
+\pi ~ 3.14
+i ~ -i
+# intervals
+(1,2] ~ [1,2) ~ (1,2) ~ [1,2]
+(-\infty,3) ~ x\le 3
+(1,2) ~ (1,3)
+x<3 ~ x>3
+# sets, lists, tuples
+(2,3) ~ (3,2)
+\{1,2,3\} ~ \{1,2\} ~ \{1,2,4\}
+1,2 ~ 1,3 ~ 1
+\pm 3 ~ 3
+(1,2,3) ~ (3,2,1)
+\emptyset ~ \{0\}
+# matrices
+\begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\\3\end{pmatrix} ~ \begin{pmatrix}1&2\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1&3\\2&4\end{pmatrix}
+# choices, words, number bases
+C ~ D ~ (A) ~ 42 ~ A) C
+\text{(C)} ~ B
+Evelyn ~ \text{Navin}
+\text{even} ~ \text{odd}
+east ~ west
+43_5 ~ 43_7 ~ 44_5
+"""
+
+# (gold answer, whole completion)
+RIGHT_TEXTS = [
+    # nothing but numbers: the last one
+    ("10", "8 10"),
+    ("10", " 10 \n"),
+    ("100", "8 100"),
+    ("-3", "5 -3"),
+    # the last complete box
+    ("5", r"\boxed{4}, no, \boxed{5}"),
+    ("5", r"\boxed{5} so 7 apples"),
+    ("5", r"\boxed{5} and then \boxed{4"),
+    ("5", r"\boxed{\boxed{5}}"),
+    ("5", r"\boxed 5"),
+    ("5", r"\boxed {5}."),
+    ("5", r"a stray { brace, \boxed{5}"),
+    (r"\frac{1}{2}", r"\[ \boxed{\frac{1}{2}} \]"),
+    (r"\{1,2\}", r"\boxed{\{1,2\}}"),
+    # no box: what math-verify extracts
+    ("72", "So 48 + 24 = 72.\n#### 72"),
+    ("72", "Long reasoning, 3+4=7. " * 60 + "\n#### 72"),
+    ("72", "The answer is 72."),
+    ("72", "the answer is $72$."),
+    ("42", r"\[ x = 42 \]"),
+    ("42", "So, **42**"),
+    (r"\frac{3}{4}", r"so x = \frac{3}{4}"),
+    ("0.5", "The answer is 1/2."),
+    ("3/2", "it is 1 1/2"),
+    ("18", "it costs $18"),
+    ("1234", "answer is 1,234"),
+    ("-5", "the answer is −5"),
+    ("185000", "so it is 1.85e5 in all"),
+    ("1.6e-19", "The answer is 1.6 x 10^-19."),
+    (r"28\%", "it is 28%."),
+    # nothing extracted: the last number, or the text itself
+    ("5", "we get (5)"),
+    ("5", "x5"),
+    ("Evelyn", "Evelyn"),
+    # choices
+    ("C", "The answer is (C)."),
+    ("C", "Answer: C"),
+    ("C", "the correct option is **C**"),
+    ("C", r"the answer is $\text{(C)}$"),
+    (r"\text{(C)}", "(B) at first, but then (C)"),
+]
+WRONG_TEXTS = [
+    ("10", "8 11"),
+    ("10", "10 8"),
+    ("18", "8 10"),
+    ("10", ""),
+    ("10", "  \n"),
+    ("10", "no idea"),
+    ("5", r"\boxed{5}, no, \boxed{4}"),
+    ("5", r"5 \boxed{}"),
+    ("5", r"\boxed{"),
+    ("5", r"\boxed{" + " 5 +" * 200 + "}"),
+    ("72", "The answer is 71."),
+    ("C", "The answer is (B)."),
+    ("C", "none of them"),
+]
+
+
+def boxed_cases(table: str) -> list[tuple[str, str]]:
+    rows = [line.split(" ~ ") for line in table.splitlines() if line and not line.startswith("# ")]
+    return [(gold, answer) for gold, *answers in rows for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier(workers=2, timeout=5) as shared:
+        yield shared
+
+
+@pytest.mark.parametrize(("gold", "answer"), boxed_cases(RIGHT))
+def test_right_in_a_box(verifier, gold, answer):
+    assert verifier.score_many([rf"We find \boxed{{{answer}}}."], [gold])[0] == 1.0
+
+
+@pytest.mark.parametrize(("gold", "answer"), boxed_cases(WRONG))
+def test_wrong_in_a_box(verifier, gold, answer):
+    assert verifier.score_many([rf"We find \boxed{{{answer}}}."], [gold])[0] == 0.0
+
+
+@pytest.mark.parametrize(("gold", "completion"), RIGHT_TEXTS)
+def test_right_in_a_text(verifier, gold, completion):
+    assert verifier.score_many([completion], [gold])[0] == 1.0
+
+
+@pytest.mark.parametrize(("gold", "completion"), WRONG_TEXTS)
+def test_wrong_in_a_text(verifier, gold, completion):
+    assert verifier.score_many([completion], [gold])[0] == 0.0
+
+
+def test_every_case_had_a_verdict(verifier):
+    """A zero for want of a verdict would pass as a wrong answer."""
+    cases = boxed_cases(RIGHT) + boxed_cases(WRONG)
+    assert len(cases) > 250
+    rewards = verifier.score_many(
+        [rf"\boxed{{{answer}}}" for _, answer in cases], [gold for gold, _ in cases]
+    )
+    assert rewards.sum() == len(boxed_cases(RIGHT))
+    assert (verifier.timeouts, verifier.failures) == (0, 0)
+
+
+@given(*2 * [st.fractions(-(10**6), 10**6, max_denominator=10**6)])
+@settings(deadline=None)
+def test_plain_fractions_against_exact_arithmetic(x, y):
+    """The quick path must agree with exact arithmetic, in every way a fraction may be written."""
+    sign = "-" if x < 0 else ""
+    latex = rf"{sign}\frac{{{abs(x.numerator)}}}{{{x.denominator}}}"
+    whole, rest = divmod(abs(x.numerator), x.denominator)
+    mixed = rf"{sign}{whole}\frac{{{rest}}}{{{x.denominator}}}"
+    with Verifier() as quick:
+        assert quick.score_many([rf"\boxed{{{latex}}}", rf"\boxed{{{mixed}}}"], [str(x)] * 2).tolist() == [
+            1,
+            1,
+        ]
+        assert quick.score_many([rf"\boxed{{{latex}}}"], [str(y)])[0] == float(x == y)
+        assert quick._workers[0].process is None
+
+
+@given(st.text(max_size=60), st.sampled_from(["5", "C", "x+1"]))
+@settings(deadline=None, max_examples=60)
+def test_never_raises(verifier, completion, gold):
+    assert verifier.score_many([completion, rf"\boxed{{{completion}}}"], [gold] * 2).max() <= 1
+
+
+def test_last_boxed_against_a_naive_scan():
+    def naive(text):
+        for start in reversed([i for i in range(len(text)) if text.startswith("\\boxed{", i)]):
+            depth = 0
+            for end in range(start + 6, len(text)):
+                depth += (text[end] == "{") - (text[end] == "}")
+                if depth == 0:
+                    return text[start + 7 : end].strip()
+        return None
+
+    rng = np.random.default_rng(0)
+    pieces = ["\\boxed{", "{", "}", "}", "a", "5 "]
+    for _ in range(2000):
+        text = "".join(rng.choice(pieces, size=rng.integers(1, 14)))
+        assert last_boxed(text) == naive(text), text
+
+
+# ------------------------------------------------------------------------ hostile completions
+
+HOSTILE = {
+    "tower of powers": r"\boxed{9^{9^{9^9}}}",
+    "tower in plain text": "the answer is 9^(9^(9^9))",
+    "tower of carets": r"\boxed{" + "2^" * 150 + "2}",
+    "million digits": "9" * 10**6,
+    "million digits boxed": r"\boxed{" + "9" * 10**6 + "}",
+    "digits just short enough": r"\boxed{" + "9" * 499 + "}",
+    "huge exponent": r"\boxed{1e999999999}",
+    "huge power of ten": r"\boxed{1 \times 10^{999999999}}",
+    "nested braces": r"\boxed{" + "{" * 5000 + "5" + "}" * 5000 + "}",
+    "nested braces just short enough": r"\boxed{" + "{" * 240 + "7" + "}" * 240 + "}",
+    "nested parentheses": r"\boxed{" + "(" * 240 + "7" + ")" * 240 + "}",
+    "nested fractions": r"\boxed{" + r"\frac{1}{" * 50 + "7" + "}" * 50 + "}",
+    "megabyte of words": "lorem ipsum " * 90_000,
+    "megabyte of formulas": "$x+1$ " * 170_000,
+    "thousands of boxes": r"\boxed{4} " * 5000,
+    "thousands of open boxes": r"\boxed{" * 100_000,
+    "million open braces": "{" * 10**6,
+    "factorial": r"\boxed{(9^9)!}",
+    "factorial of factorials": r"\boxed{((((9!)!)!)!)!}",
+    "hundreds of factorials": r"\boxed{5" + "!" * 300 + "}",
+    "binomial": r"\boxed{\binom{10^{9}}{5\cdot 10^{8}}}",
+    "long sum": r"\boxed{\sum_{n=1}^{10^9} \frac{1}{n^2}}",
+    "hard integral": r"\boxed{\int_0^{\infty} \frac{\sin x}{x^5+x^3+\log x} dx}",
+    "expansion": r"\boxed{(x+y+z+w+1)^{300}}",
+    "sine of a tower": r"\boxed{\sin(10^{10^{10}})}",
+    "undefined": r"\boxed{\frac{1}{0}}",
+    "injection in a box": r"\boxed{__import__('os').system('touch PWNED')}",
+    "injection in a text": "the answer is __import__('os').system('touch PWNED')",
+    "injection in words": r"\boxed{\text{exec(open('PWNED','w'))}}",
+    "control characters": "\\boxed{\x00\x01\x02\x1b[2J7\x7f}",
+    "nul": "\x00" * 1000,
+    "surrogates": "\\boxed{\ud800\udfff7}",
+    "surrogate in a text": "the answer is \udcff7",
+    "dollars": "$" * 1000,
+    "answers": "answer is " * 100,
+    "commas": "1," * 500,
+    "backslashes": "\\" * 1000,
+    "percent signs": r"\boxed{" + "%" * 400 + "}",
+    "other digits": r"\boxed{٥}",
+    "emoji": r"\boxed{😀}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_completion(hostile_pool, name):
+    """Back within the limit plus a second, scored 0, memory bounded, nothing executed."""
+    verifier, folder = hostile_pool
+    start = time.monotonic()
+    rewards = verifier.score_many([HOSTILE[name]] * 2, ["5", "x"])
+    assert time.monotonic() - start < verifier_limit(verifier)
+    assert rewards.tolist() == [0.0, 0.0]
+    assert not list(folder.iterdir())
+    for worker in verifier._workers:
+        if worker.process is not None and LINUX:
+            pages = int(Path(f"/proc/{worker.process.pid}/statm").read_text().split()[0])
+            assert pages * os.sysconf("SC_PAGE_SIZE") <= reward.MEMORY
+
+
+def verifier_limit(verifier) -> float:
+    return verifier._workers[0].timeout + 1
+
+
+@pytest.fixture(scope="module")
+def hostile_pool(tmp_path_factory):
+    """Two warm workers whose current folder is empty: an injected `touch` would show there."""
+    folder, before = tmp_path_factory.mktemp("empty"), Path.cwd()
+    os.chdir(folder)
+    try:
+        with Verifier(workers=2, timeout=1) as verifier:
+            verifier.score_many([r"\boxed{x+1}", r"\boxed{x+2}"], ["1+x", "2+x"])
+            yield verifier, folder
+            assert verifier.timeouts > 5  # they were hostile
+            assert verifier.score_many([r"\boxed{x+3}"], ["3+x"])[0] == 1.0  # and it survived them
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.skipif(not LINUX, reason="needs /proc or RLIMIT_AS")
+def test_memory_limit_is_set_on_the_worker(verifier):
+    verifier.score_many([r"\boxed{x+1}"], ["y"])
+    limits = Path(f"/proc/{_running(verifier).pid}/limits").read_text()
+    assert str(reward.MEMORY) in next(line for line in limits.splitlines() if "address space" in line)
+
+
+@pytest.mark.skipif(not LINUX, reason="needs /proc or RLIMIT_AS")
+def test_out_of_memory_is_a_failure_not_a_verdict(tmp_path, monkeypatch):
+    """A copy of the module in which judging takes 8 GB: the worker dies, and that is counted."""
+    source = (ROOT / "reward.py").read_text()
+    hungry = source.replace("    import math_verify\n\n    found", "    [0] * 10**9\n    found")
+    assert hungry != source
+    (tmp_path / "reward_hungry.py").write_text(hungry)
+    monkeypatch.syspath_prepend(tmp_path)
+    import reward_hungry
+
+    with reward_hungry.Verifier(workers=1, timeout=5) as verifier:
+        assert verifier.score_many([r"\boxed{x+1}"], ["1+x"])[0] == 0.0
+        assert (verifier.timeouts, verifier.failures) == (0, 1)
+
+
+# ----------------------------------------------------------------------------------- the pool
+
+
+def _running(verifier) -> subprocess.Popen:
+    return next(worker.process for worker in verifier._workers if worker.process is not None)
+
+
+def test_order_duplicates_and_empty_batch():
+    completions = [rf"\boxed{{x+{i % 7}}}" for i in range(60)]
+    answers = [f"{i % 5}+x" for i in range(60)]
+    with Verifier(workers=2) as verifier:
+        rewards = verifier.score_many(completions, answers)
+        assert rewards.tolist() == [float(i % 7 == i % 5) for i in range(60)]
+        assert rewards.dtype == np.float64 and verifier.score_many([], []).shape == (0,)
+
+
+def test_arithmetic_starts_no_process():
+    with Verifier() as verifier:
+        rewards = verifier.score_many(
+            ["8 10", "8 11", "10", r"\boxed{1/2}"] * 128, ["10", "10", "10", "0.5"] * 128
+        )
+        assert rewards.reshape(128, 4).mean(0).tolist() == [1, 0, 1, 1]
+        assert all(worker.process is None for worker in verifier._workers)
+
+
+def test_second_time_from_the_cache():
+    with Verifier(workers=1, timeout=1) as verifier:
+        hostile = [HOSTILE["tower of powers"]] * 3
+        verifier.score_many(hostile, ["5"] * 3)
+        assert (verifier.timeouts, verifier.failures) == (1, 0)
+        start = time.monotonic()
+        verifier.score_many(hostile, ["5"] * 3)
+        assert time.monotonic() - start < 0.5 and verifier.timeouts == 1
+
+
+def test_stuck_worker_is_killed_and_replaced():
+    """A stopped process ignores its own alarm: only the parent's deadline helps."""
+    with Verifier(workers=1, timeout=1) as verifier:
+        verifier.score_many([r"\boxed{x+1}"], ["1+x"])
+        stuck = _running(verifier)
+        os.kill(stuck.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        assert verifier.score_many([r"\boxed{x+2}"], ["2+x"])[0] == 0.0
+        assert time.monotonic() - start < 2 and verifier.timeouts == 1
+        assert stuck.poll() is not None
+        assert verifier.score_many([r"\boxed{x+3}"], ["3+x"])[0] == 1.0
+        assert _running(verifier).pid != stuck.pid
+
+
+def test_dead_worker_is_a_failure_and_is_replaced():
+    with Verifier(workers=1) as verifier:
+        verifier.score_many([r"\boxed{x+1}"], ["1+x"])
+        _running(verifier).kill()
+        _running(verifier).wait()
+        assert verifier.score_many([r"\boxed{x+2}"], ["2+x"])[0] == 0.0
+        assert (verifier.timeouts, verifier.failures) == (0, 1)
+        assert verifier.score_many([r"\boxed{x+3}"], ["3+x"])[0] == 1.0
+
+
+def test_closed_verifier_leaves_nothing_and_starts_again():
+    verifier = Verifier(workers=1)
+    assert verifier.score_many([r"\boxed{x+1}"], ["1+x"])[0] == 1.0
+    process = _running(verifier)
+    verifier.close()
+    assert process.poll() is not None
+    assert verifier.score_many([r"\boxed{x+2}"], ["2+x"])[0] == 1.0
+    verifier.close()
+
+
+def test_from_several_threads_at_once(verifier):
+    """math-verify alone raises in a thread; and two batches must not read each other's replies."""
+    results = {}
+
+    def batch(k):
+        completions = [rf"\boxed{{x+{k}+{i}}}" for i in range(6)]
+        results[k] = verifier.score_many(completions, [f"{k + i}+x" if i % 2 else "y" for i in range(6)])
+
+    threads = [threading.Thread(target=batch, args=(100 * k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(r.tolist() == [0, 1, 0, 1, 0, 1] for r in results.values())
+
+
+def test_ctrl_c_in_a_batch_leaves_no_stale_reply(tmp_path):
+    """After an interrupted batch, the next one must not get the answers of the first."""
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        "import os, signal, threading, time\n"
+        "from reward import Verifier\n"  # no main guard: starting workers must not run this file again
+        "with Verifier(workers=2, timeout=2) as v:\n"
+        "    v.score_many(['\\\\boxed{x}', '\\\\boxed{y}'], ['z', 'z'])\n"
+        "    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    try:\n"
+        "        v.score_many(['\\\\boxed{9^{9^{9^%d}}}' % i for i in range(9)], ['x+5'] * 9)\n"
+        "        v.score_many(['\\\\boxed{(9^%d)!}' % i for i in range(8, 20)], ['5'] * 12)\n"
+        "        print('not interrupted')\n"
+        "    except KeyboardInterrupt:\n"
+        "        print(v.score_many(['\\\\boxed{x+%d}' % i for i in range(6)], ['2+x'] * 6).tolist())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "[0.0, 0.0, 1.0, 0.0, 0.0, 0.0]\n", done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not LINUX, reason="needs /proc or RLIMIT_AS")
+def test_workers_end_with_their_parent(tmp_path):
+    code = (
+        "import os\nfrom reward import Verifier\nv = Verifier(workers=1)\n"
+        "v.score_many(['\\\\boxed{x+1}'], ['1+x'])\n"
+        "print(v._workers[0].process.pid, flush=True)\nos.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    for _ in range(50):
+        stat = Path(f"/proc/{int(done.stdout)}/stat")
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_a_worker_that_cannot_start_raises(monkeypatch):
+    monkeypatch.setattr(reward.sys, "executable", "/bin/false")
+    with Verifier(workers=1) as verifier, pytest.raises(RuntimeError, match="could not start"):
+        verifier.score_many([r"\boxed{x+1}"], ["1+x"])
+
+
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"timeout": 0}, {"timeout": 0.5}, {"timeout": 1.5}])
+def test_bad_settings(bad):
+    with pytest.raises(ValueError, match="whole seconds"):
+        Verifier(**bad)
+
+
+def test_lengths_must_agree():
+    with pytest.raises(ValueError, match="2 completions for 1 answers"):
+        Verifier().score_many(["1", "2"], ["1"])
+
+
+def test_score_warns_where_there_is_no_verdict(monkeypatch):
+    assert score(r"\boxed{1+x}", "x+1") == 1.0 and score("8 10", "10") == 1.0
+    with Verifier(workers=1, timeout=1) as short:
+        monkeypatch.setattr(reward, "_shared", short)
+        with pytest.warns(UserWarning, match="no verdict"):
+            assert score(HOSTILE["tower of powers"], "5") == 0.0
+
+
+def test_import_is_light_and_the_module_stands_alone(tmp_path):
+    """Argument checks come before heavy imports; and the file works in an empty folder."""
+    (tmp_path / "reward.py").write_text((ROOT / "reward.py").read_text())
+    code = (
+        "import sys, reward; reward.load_tasks('arithmetic')\n"
+        "print({'torch', 'transformers', 'datasets', 'math_verify', 'sympy', 'numpy'} & sys.modules.keys())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "set()\n", done.stderr
+    doctest = [sys.executable, "-m", "doctest", "reward.py"]
+    done = subprocess.run(doctest, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "", done.stdout
+
+
+# -------------------------------------------------------------------------------------- tasks
+
+
+def _write(path: Path, *rows: object) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_arithmetic():
+    tasks = load_tasks("arithmetic")
+    assert tasks == load_tasks("arithmetic") and len({t.prompt for t in tasks}) == len(tasks) == 1280
+    assert tasks[0].id == "arithmetic-0000" and tasks[-1].id == "arithmetic-1279"
+    terms = [t.prompt.removesuffix("=").split("+") for t in tasks]
+    assert all(sum(map(int, digits)) == int(t.answer) for digits, t in zip(terms, tasks, strict=True))
+    assert {len(digits) for digits in terms} == set(range(2, 11))
+    assert {d for digits in terms for d in digits} == set("123456789")
+
+
+def test_json_lines_keep_ids_stable(tmp_path):
+    rows = [
+        {"prompt": "1+1?", "answer": "2"},
+        "",
+        {"prompt": "2+2?", "answer": 4, "id": 7},
+        {"prompt": " 1+1?  ", "answer": "2"},
+        {"prompt": "3+3?", "answer": " "},
+        {"prompt": "half", "answer": 0.5},
+        {"prompt": "27", "answer": 27.0},
+    ]
+    path = _write(tmp_path / "sums.jsonl", *rows)
+    with pytest.warns(UserWarning, match="1 with an empty answer, 1 with a repeated prompt"):
+        tasks = load_tasks(path)
+    assert [t.id for t in tasks] == ["sums-1", "7", "sums-6", "sums-7"]
+    assert [t.answer for t in tasks] == ["2", "4", "0.5", "27"]
+    assert tasks[0] == Task("sums-1", "1+1?", "2")
+    with pytest.raises(AttributeError):
+        tasks[0].answer = "3"
+
+
+GOOD = {"prompt": "1+1?", "answer": "2"}
+FAULTS = {
+    "not json": ("{", "not JSON"),
+    "not an object": ([1, 2], "needs the keys"),
+    "no answer": ({"prompt": "p"}, "needs the keys"),
+    "no prompt": ({"answer": "2"}, "needs the keys"),
+    "prompt not text": ({"prompt": 3, "answer": "2"}, "prompt must be text"),
+    "prompt empty": ({"prompt": " ", "answer": "2"}, "prompt must be text"),
+    "answer null": ({"prompt": "p", "answer": None}, "answer must be text or a number"),
+    "answer a list": ({"prompt": "p", "answer": ["2"]}, "answer must be text or a number"),
+    "answer a truth value": ({"prompt": "p", "answer": True}, "answer must be text or a number"),
+    "answer not a number": ('{"prompt": "p", "answer": NaN}', "answer must be text or a number"),
+    "id a list": ({"prompt": "p", "answer": "2", "id": []}, "id must be text"),
+    "repeated id": ({"prompt": "p", "answer": "2", "id": "bad-1"}, "also in line 1"),
+    "open brace": ({"prompt": "p", "answer": r"\frac{1}{"}, "unmatched brace"),
+    "stray brace": ({"prompt": "p", "answer": "}{"}, "unmatched brace"),
+    "single backslash in json": (r'{"prompt": "p", "answer": "\frac{1}{2}"}', "each backslash twice"),
+    "endless answer": ({"prompt": "p", "answer": "1+" * 500}, "more than 500 characters"),
+    "half a character": (r'{"prompt": "\ud800", "answer": "2"}', "surrogate"),
+    "endless nesting": ("[" * 100_000, "not JSON"),
+    "endless number": ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_row_is_named(tmp_path, fault):
+    row, message = FAULTS[fault]
+    path = _write(tmp_path / "bad.jsonl", GOOD, "", row)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tasks(path)
+    assert "bad.jsonl, line 3: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_legal_answers(tmp_path):
+    """What looks odd but can be matched."""
+    answers = [r"\{1,2\}", r"\text{(C)}", "05:00", "$18", "a b", r"\left(0,1\right]", "Evelyn's", "π"]
+    rows = [{"prompt": f"q{i}", "answer": answer} for i, answer in enumerate(answers)]
+    tasks = load_tasks(_write(tmp_path / "odd.jsonl", *rows))
+    assert [t.answer for t in tasks] == answers
+    with Verifier() as quick:
+        assert quick.score_many([rf"\boxed{{{a}}}" for a in answers], answers).all()
+
+
+def test_faulty_files(tmp_path):
+    for content, message in (
+        (b"", "no tasks in it"),
+        (b"\n\n", "no tasks in it"),
+        (b"\xff\xfe{", "not UTF-8"),
+    ):
+        (tmp_path / "bad.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_tasks(tmp_path / "bad.jsonl")
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
+        load_tasks(tmp_path)
+    with pytest.raises(ValueError, match="neither a file nor one of arithmetic, gsm8k"):
+        load_tasks(tmp_path / "absent.jsonl")
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="cannot be read as parquet") as caught:
+        load_tasks(tmp_path / "bad.parquet")
+    assert "\n" not in str(caught.value)
+    path = _write(tmp_path / "empty.jsonl", {"prompt": "p", "answer": ""})
+    with pytest.raises(ValueError, match="no tasks in it"):
+        load_tasks(path)
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = {"prompt": ["1+1?", "2+2?", "2+2?"], "answer": [2.0, 4.0, 4.0]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "sums.parquet")
+    with pytest.warns(UserWarning, match="rows dropped: 0 with an empty answer, 1 with"):
+        tasks = load_tasks(tmp_path / "sums.parquet")
+    assert tasks == [Task("sums-1", "1+1?", "2"), Task("sums-2", "2+2?", "4")]
+    parquet.write_table(pyarrow.table({"prompt": ["1+1?"]}), tmp_path / "half.parquet")
+    with pytest.raises(ValueError, match=r"half.parquet, row 1: needs the keys"):
+        load_tasks(tmp_path / "half.parquet")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for datasets.load_dataset: set .rows or .error, read .asked."""
+    import datasets
+
+    class Hub:
+        rows, error, asked = (), None, None
+
+        def load_dataset(self, hub_id, config, *, split):
+            self.asked = hub_id, config, split
+            if self.error is not None:
+                raise self.error
+            return datasets.Dataset.from_list(list(self.rows))
+
+    hub = Hub()
+    monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+    return hub
+
+
+CELLS = {
+    "gsm8k": ("48/2 = <<48/2=24>>24\n#### 1,234", "1234"),
+    "math": (r"So $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+    "amc23": (27.0, "27"),
+    "olympiadbench": ([r"$\frac{1}{2}$", "2"], r"$\frac{1}{2}$"),
+}
+
+
+@pytest.mark.parametrize("name", reward.HUB)
+def test_hub_names(hub, name):
+    _, _, _, prompt, answer, _ = reward.HUB[name]
+    cell, gold = CELLS.get(name, ("42", "42"))
+    hub.rows = [{prompt: "q1", answer: cell, "level": 3}, {prompt: "q2", answer: cell, "level": 5}]
+    assert load_tasks(name) == [Task(f"{name}-1", "q1", gold), Task(f"{name}-2", "q2", gold)]
+    assert hub.asked == reward.HUB[name][:3]
+
+
+def test_hub_faults_are_one_line(hub):
+    hub.error = ConnectionError("Couldn't reach\nthe hub")
+    with pytest.raises(ValueError, match="gsm8k: no openai/gsm8k from the Hugging Face hub") as caught:
+        load_tasks("gsm8k")
+    assert "\n" not in str(caught.value) and "JSON Lines" in str(caught.value)
+    hub.error, hub.rows = None, [{"question": "q", "solution": "s"}]
+    with pytest.raises(ValueError, match=r"no column \['answer'\]"):
+        load_tasks("gsm8k")
+    hub.rows = [{"problem": "q1", "solution": "no box"}, {"problem": "q2", "solution": r"\boxed 5"}]
+    with pytest.warns(UserWarning, match="1 with an empty answer"):
+        assert [t.answer for t in load_tasks("math")] == ["5"]
+
+
+def test_split_never_leaks():
+    tasks = [Task(f"{i}-{j}", text, "1") for i in range(200) for j, text in enumerate(
+        [f"What is {i} plus {i}?", f"  what is {i}\nPLUS {i} "])]  # fmt: skip
+    train, held_out = split_held_out(tasks, 100)
+    assert len(held_out) == 100 and sorted([*train, *held_out], key=tasks.index) == tasks
+    assert not {t.id.split("-")[0] for t in train} & {t.id.split("-")[0] for t in held_out}
+    assert held_out == sorted(held_out, key=tasks.index)  # in file order
+    # Neither order nor ids matter, and the seed does.
+    assert set(split_held_out(tasks[::-1], 100)[1]) == set(held_out)
+    renamed = [Task(str(i), t.prompt, "2") for i, t in enumerate(tasks)]
+    assert [t.prompt for t in split_held_out(renamed, 100)[1]] == [t.prompt for t in held_out]
+    assert split_held_out(tasks, 100, seed=1)[1] != held_out
+
+
+def test_split_bounds():
+    tasks = load_tasks("arithmetic")
+    assert [len(side) for side in split_held_out(tasks, 256)] == [1024, 256]
+    assert split_held_out(tasks, 0) == (tasks, [])
+    for n in (-1, 1280):
+        with pytest.raises(ValueError, match="hold out fewer"):
+            split_held_out(tasks, n)
+
+
+def test_no_warning_when_nothing_is_dropped(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_tasks(_write(tmp_path / "fine.jsonl", GOOD))) == 1
