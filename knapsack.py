@@ -187,20 +187,21 @@ class _Gains:
         scale, a, b = (np.stack(x) for x in zip(*terms, strict=True))  # each (terms, M)
         weight = 1 if weights is None else _vector("weights", weights, self.m)
         t = weight * scale * (a / (a + b)) * (b / (a + b + d))  # at n = 1, T1 and T2 are both E[p q]
-        self.state = np.stack([t, t, a, b, a + b])  # (5, terms, M)
+        self.state = np.stack([t, t, a, b])  # (4, terms, M)
 
     def __next__(self) -> np.ndarray:
-        t1, t2, a, b, s = self.state
-        gains, n, d = (t1 + t2).sum(0), self.n * self.d, self.d
-        t1 *= (a + n) / (s + n + d)
-        t2 *= (b + n) / (s + n + d)
+        t1, t2, a, b = self.state
+        gains, n = (t1 + t2).sum(0), self.n * self.d
+        s = a + b + (n + self.d)
+        t1 *= (a + n) / s
+        t2 *= (b + n) / s
         self.n += 1
         return gains
 
     def of(self, which):
-        """A copy for some of the prompts (a mask or a slice)."""
+        """A copy for the prompts at these indices."""
         part = copy.copy(self)
-        part.state = self.state[..., which].copy()
+        part.state = self.state[..., which]
         part.m = part.state.shape[-1]
         return part
 
@@ -232,7 +233,7 @@ def rollouts_for_confidence(p, confidence) -> tuple[np.ndarray, np.ndarray]:
     p, c = _probability(p), np.asarray(confidence, float)
     _require((c > 0) & (c < 1), "confidence", c, "choose it in (0, 1)")
     m = np.minimum(p, 1 - p)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         paper = np.log1p(-c) / np.log1p(-m)
         n = np.ceil(paper * (1 - 1e-14))  # a whole number may come out a rounding error too high
         return n + (np.exp(n * np.log1p(-m)) + m**n > 1 - c), paper
@@ -299,16 +300,17 @@ def solve_greedy(values, capacity: int) -> np.ndarray:
     Of equal gains the lower level goes first, then the lower index.
     """
     gains = np.diff(np.asarray(values, float)).T  # (K-1, M)
-    _require(gains[1:] <= gains[:-1], "gain", gains[1:], "rows must be concave: use solve_dp")
+    falling = np.minimum.accumulate(gains)  # differs by rounding errors only, if values are concave
+    _require(gains <= falling + 1e-12 * np.abs(values).max(initial=0), "gain", gains, "use solve_dp")
     items = np.tile(np.arange(gains.shape[1]), len(gains))
-    return np.bincount(_top(gains.ravel(), items, capacity)[1], minlength=gains.shape[1])
+    return np.bincount(_top(falling.ravel(), items, capacity)[1], minlength=gains.shape[1])
 
 
 def _top(gains, items, capacity):
     """The `capacity` largest gains, of equal ones the first; their items; the smallest of them."""
     if len(gains) <= capacity:
         return gains, items, -np.inf
-    price = -np.partition(-gains, capacity - 1)[capacity - 1] if capacity else np.inf
+    price = np.partition(gains, -capacity)[-capacity] if capacity else np.inf
     take = gains > price
     take[np.flatnonzero(gains == price)[: capacity - np.count_nonzero(take)]] = True
     return gains[take], items[take], price
@@ -320,18 +322,18 @@ def _buy(gains: _Gains, levels: int, capacity: int, price: float = -np.inf):
     Returns the counts (M,) and the smallest gain bought."""
     if price == -np.inf and gains.m > 2**16:
         # Guess the price on every 64th prompt, a little low: what is cheaper need never be held.
-        guess = 0.98 * _buy(gains.of(slice(None, None, 64)), levels, capacity // 64)[1]
-        counts, last = _buy(gains.of(slice(None)), levels, capacity, guess)
+        guess = 0.98 * _buy(gains.of(np.arange(0, gains.m, 64)), levels, capacity // 64)[1]
+        counts, last = _buy(gains.of(np.arange(gains.m)), levels, capacity, guess)
         if counts.sum() == capacity:  # enough lay above the guess, so the best did
             return counts, last
     m, items, held = gains.m, np.arange(gains.m), [(np.zeros(0), np.zeros(0, int))]
     for _ in range(levels):
         now = next(gains)
-        keep = now > price  # not >=: of equal gains the earlier level goes first
-        if not keep.all():
+        keep = np.flatnonzero(now > price)  # not >=: of equal gains the earlier level goes first
+        if len(keep) < len(now):
             now, items, gains = now[keep], items[keep], gains.of(keep)
         held.append((now, items))
-        if sum(len(x) for x, _ in held) >= capacity + m:
+        if sum(len(x) for x, _ in held) >= 2 * capacity + m:
             *best, price = _top(*map(np.concatenate, zip(*held, strict=True)), capacity)
             held = [best]
         if not len(items):
