@@ -134,10 +134,8 @@ def _json_rows(path: str) -> Iterator[tuple[int, object]]:
                         yield number, json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: save it as UTF-8 ({error.reason})") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from error
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[int, object]]:
@@ -184,24 +182,22 @@ def _task(row: object, default_id: str, where: str) -> Task:
     prompt, answer, id_ = row["prompt"], row["answer"], row.get("id", default_id)
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)  # a table that holds 27.0 means 27
-    braces = [{"{": 1, "}": -1}.get(token, 0) for token in re.findall(r"\\.|[{}]", str(answer))]
-    if not isinstance(prompt, str) or not prompt.strip():
-        fault = f"the prompt must be text, not {prompt!r:.60}"
-    elif type(id_) not in (str, int):
-        fault = f"the id must be text or a whole number, not {id_!r:.60}"
-    elif type(answer) not in (str, int, float) or answer != answer:  # NaN is not itself
-        fault = f"the answer must be text or a number, not {answer!r:.60}"
-    elif len(str(answer)) > MAX_ANSWER:
-        fault = f"the answer has more than {MAX_ANSWER} characters: {answer!r:.60}"
-    elif re.search(r"[\x00-\x09\x0b-\x1f\x7f]", str(answer)):  # "\frac" in JSON is a form feed and "rac"
-        fault = f"control character in the answer {answer!r:.60}: in JSON, write each backslash twice"
-    elif sum(braces) or min(itertools.accumulate(braces), default=0) < 0:
-        fault = f"unmatched brace in the answer {answer!r:.60}"
-    elif re.search("[\ud800-\udfff]", f"{prompt}{answer}{id_}"):
-        fault = "unpaired surrogate (half a character) in the prompt, answer or id"
-    else:
-        return Task(str(id_), prompt, str(answer).strip())
-    raise ValueError(f"{where}: {fault}")
+    text = str(answer).rstrip().lstrip(" ")  # a leading tab is the start of a misread "\\times"
+    braces = [{"{": 1, "}": -1}.get(token, 0) for token in re.findall(r"\\.|[{}]", text)]
+    faults = {
+        "the prompt must be text": not isinstance(prompt, str) or not prompt.strip(),
+        "the id must be text or a whole number": type(id_) not in (str, int),
+        "the answer must be text or a number": type(answer) not in (str, int, float) or text == "nan",
+        f"the answer has more than {MAX_ANSWER} characters": len(text) > MAX_ANSWER,
+        # "\frac" in JSON is a form feed and "rac"
+        "control character (write each \\ twice in JSON)": re.search(r"[\x00-\x09\x0b-\x1f\x7f]|^\n", text),
+        "unmatched brace": sum(braces) or min(itertools.accumulate(braces), default=0) < 0,
+        "unpaired surrogate (half a character)": re.search("[\ud800-\udfff]", f"{prompt}{text}{id_}"),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(f"{where}: {fault}: {row!r:.100}")
+    return Task(str(id_), prompt, text)
 
 
 def split_held_out(tasks: Sequence[Task], n_held_out: int, seed: int = 0) -> tuple[list[Task], list[Task]]:
@@ -280,7 +276,6 @@ def last_boxed(text: str) -> str | None:
     return text[slice(*last)].strip() if last[0] >= 0 else None
 
 
-ONLY_NUMBERS = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:\s+-?[0-9]+(?:\.[0-9]+)?)*")
 ONE_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 LETTER = re.compile(  # C, (C), \text{(C)}, C) 42
     r"(?:\\[a-z]+\{)*[({\[]*([A-J])[)}\].:]*(?:(?<=[).:])\s.*)?", re.DOTALL
@@ -296,7 +291,7 @@ def _extract(completion: str, gold: str) -> tuple[str, bool]:
     if boxed is not None:
         return (_tidy(boxed, alone=True) if len(boxed) <= MAX_ANSWER else boxed), True
     tail = completion[-MAX_TAIL:].strip()
-    if ONLY_NUMBERS.fullmatch(tail):
+    if tail and all(map(ONE_NUMBER.fullmatch, tail.split())):
         return tail.split()[-1], True
     if LETTER.fullmatch(gold) and (choices := CHOICE.findall(tail)):
         return max(choices[-1]), True
@@ -349,17 +344,13 @@ def _tidy(text: str, alone: bool) -> str:
 
 
 BASED = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
-NUMBER = re.compile(r"([-+]?)(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(\.[0-9]+|/0*[1-9][0-9]*)?(\\%)?")
+NUMBER = re.compile(r"[-+]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+|/0*[1-9][0-9]*)?")
 
 
-def _number(answer: str) -> tuple[Fraction, bool, bool] | None:
-    r"""(value, has a percent sign, has decimals) of 3, -1,234.5, 7/25, \frac{7}{25}, 28\%; else None."""
-    match = NUMBER.fullmatch(re.sub(r"^([-+]?)\\frac\{([0-9]+)\}\{([0-9]+)\}", r"\1\2/\3", answer))
-    if match is None:
-        return None
-    sign, whole, rest, percent = match.groups(default="")
-    value = Fraction(f"{sign}{whole.replace(',', '') or 0}{rest}")
-    return value, bool(percent), rest.startswith(".")
+def _number(text: str) -> Fraction | None:
+    r"""The value of 3, -1,234.5, 7/25 or \frac{7}{25}; None for anything else."""
+    text = re.sub(r"^([-+]?)\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
+    return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
 
 
 def _decide(given: str, alone: bool, gold: str) -> float | None:
@@ -372,14 +363,15 @@ def _decide(given: str, alone: bool, gold: str) -> float | None:
         return float(letter[1] == gold_letter[1])
     if (based := BASED.fullmatch(given)) and (gold_based := BASED.fullmatch(gold)):
         return float(based.groups() == gold_based.groups())  # math-verify drops the bases of 43_5 and 43_7
-    if (left := _number(given)) is None or (right := _number(gold)) is None:
+    a, b = _number(given.removesuffix(r"\%")), _number(gold.removesuffix(r"\%"))
+    if a is None or b is None:
         return None
-    (a, a_percent, a_decimals), (b, b_percent, b_decimals) = left, right
-    pairs = [(a / 100 if a_percent else a, b / 100 if b_percent else b)]
-    if a_percent != b_percent and (b_percent or b.denominator == 1):
+    percent, gold_percent = given.endswith("%"), gold.endswith("%")
+    pairs = [(a / 100 if percent else a, b / 100 if gold_percent else b)]
+    if percent != gold_percent and (gold_percent or b.denominator == 1):
         pairs.append((a, b))  # a percent sign left out, or put in
     for x, y in pairs:
-        to_six_places = (a_decimals or b_decimals) and round(x, 6) == round(y, 6)
+        to_six_places = "." in given + gold and round(x, 6) == round(y, 6)
         if x == y or (to_six_places and not _differ_below_six_places(x, y)):
             return 1.0
     return 0.0
@@ -397,12 +389,11 @@ def _judge(given: str, alone: bool, gold: str) -> bool:
     found = _parse(f"\\boxed{{{given}}}" if alone else given)
     if not found and not alone and (numbers := ONE_NUMBER.findall(given)):
         found = _parse(numbers[-1])
+    settings = {"timeout_seconds": None, "raise_on_error": True, "allow_set_relation_comp": True}
     error = None
     for a, b in itertools.product(_parse(f"\\boxed{{{gold}}}"), found):
         try:
-            if math_verify.verify(
-                a, b, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True
-            ):
+            if math_verify.verify(a, b, **settings):
                 numbers = [complex(x.doit().evalf()) for x in (a, b) if getattr(x, "is_number", False)]
                 return len(numbers) < 2 or not _differ_below_six_places(*numbers)
         except Exception as e:  # these two cannot be compared; the next two (as texts) may
@@ -525,7 +516,7 @@ class _Worker:
         self.process: subprocess.Popen | None = None
 
     def judge(self, job: tuple[str, bool, str]) -> bool | str:
-        """True, False, "timeout" or "failure"."""
+        """True, False, "timeout" or "failure". Raises RuntimeError if no process can be started."""
         if self.process is None:
             self.start()
         try:

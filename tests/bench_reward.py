@@ -82,10 +82,9 @@ def main() -> int:
         seconds, _ = timed(verifier, [c for c, _ in batch], [g for _, g in batch])
         stalled = verifier.timeouts + verifier.failures - before
         limit = clean + math.ceil(20 / args.workers) * (args.timeout + restart)
+        verdict = "within" if seconds <= limit else "OVER"
         print(f"\n{args.batch} of all these, mixed: {clean:.2f} s. With 20 hostile ones among them, of which")
-        print(
-            f"{stalled} got no verdict: {seconds:.2f} s; limit {limit:.2f} s: {'within' if seconds <= limit else 'OVER'}"
-        )
+        print(f"{stalled} got no verdict: {seconds:.2f} s; limit {limit:.2f} s: {verdict}")
     return seconds > limit
 
 

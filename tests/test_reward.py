@@ -677,7 +677,8 @@ FAULTS = {
     "repeated id": ({"prompt": "p", "answer": "2", "id": "bad-1"}, "also in line 1"),
     "open brace": ({"prompt": "p", "answer": r"\frac{1}{"}, "unmatched brace"),
     "stray brace": ({"prompt": "p", "answer": "}{"}, "unmatched brace"),
-    "single backslash in json": (r'{"prompt": "p", "answer": "\frac{1}{2}"}', "each backslash twice"),
+    "single backslash in json": (r'{"prompt": "p", "answer": "\frac{1}{2}"}', "control character"),
+    "leading tab": (r'{"prompt": "p", "answer": "\times"}', "control character"),
     "endless answer": ({"prompt": "p", "answer": "1+" * 500}, "more than 500 characters"),
     "half a character": (r'{"prompt": "\ud800", "answer": "2"}', "surrogate"),
     "endless nesting": ("[" * 100_000, "not JSON"),
@@ -708,12 +709,12 @@ def test_faulty_files(tmp_path):
     for content, message in (
         (b"", "no tasks in it"),
         (b"\n\n", "no tasks in it"),
-        (b"\xff\xfe{", "not UTF-8"),
+        (b"\xff\xfe{", "UTF-8 text"),
     ):
         (tmp_path / "bad.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_tasks(tmp_path / "bad.jsonl")
-    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(ValueError, match=r"cannot be read as UTF-8 text: .*Is a directory"):
         load_tasks(tmp_path)
     with pytest.raises(ValueError, match="neither a file nor one of arithmetic, gsm8k"):
         load_tasks(tmp_path / "absent.jsonl")
