@@ -41,8 +41,14 @@ def resolve_model(name: str) -> str:
     raise ValueError(f"--model {name}: neither tiny, nor a folder, nor a hub id such as Qwen/{name}")
 
 
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(path: str, trust_remote_code: bool = False):
-    """(model, tokenizer) in float32, on the GPU if there is one. ValueError in one line if it fails."""
+    """(model, tokenizer), in float32 and still on the CPU. ValueError in one line if it fails."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -56,9 +62,8 @@ def load_model(path: str, trust_remote_code: bool = False):
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"--model {path}: cannot be loaded ({reason})") from error
-    model.requires_grad_(True)
     # eval: no dropout, so that the trainer's log-probs are the sampler's.
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def default_instruction(tasks: str) -> str:
@@ -151,7 +156,7 @@ def run(args, path: str, tasks: list[Task]) -> dict:
         instruction = default_instruction(args.tasks)
     prompts = encode_tasks(tokenizer, tasks, instruction, args.chat)
     print("first prompt:", repr(tokenizer.decode(prompts[tasks[0].id])), file=sys.stderr)
-    sampler = HFSampler(model, tokenizer, args.max_new_tokens, args.temperature)
+    sampler = HFSampler(model.to(device()), tokenizer, args.max_new_tokens, args.temperature)
     right, lengths, truncated = [], [], 0
     with Verifier() as verifier:
         for start in tqdm(range(0, len(tasks), 32), unit="batch of 32"):

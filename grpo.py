@@ -106,9 +106,12 @@ def token_logprobs(model, rollouts: Sequence, temperature: float = 1.0) -> torch
             use_cache=True,
         )
         # The prompt's last column predicts the first response token.
-        hidden = out.last_hidden_state[:, -1:][rows]  # (R, 1, H)
+        # index_select, not x[rows]: the backward pass of the latter adds up in no fixed order.
+        hidden = out.last_hidden_state[:, -1:].index_select(0, rows)  # (R, 1, H)
         if T > 1:
-            out.past_key_values.batch_select_indices(rows)
+            for layer in out.past_key_values.layers:
+                layer.keys = layer.keys.index_select(0, rows)
+                layer.values = layer.values.index_select(0, rows)
             after = prompt_mask.sum(1, keepdim=True)[rows] + torch.arange(T - 1, device=device)
             # Right padding needs no mask: the causal order hides it from every real token.
             ones = torch.ones(len(rows), T - 1, dtype=torch.long, device=device)

@@ -205,7 +205,9 @@ def train(c: Config, out: Path, train_tasks: list, held_out: list) -> None:
             trust_remote_code=c.trust_remote_code,
         )  # fmt: skip
         sampler.sync(model)  # the trainer's weights, which a checkpoint may have changed
+        model.to(evaluate.device())  # only now: the engine measures how much memory is free
     else:
+        model.to(evaluate.device())
         sampler = rollout.HFSampler(model, tokenizer, c.max_new_tokens, c.temperature)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0)
     tracker, solved, first = knapsack.SuccessTracker(), set(), 1
