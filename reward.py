@@ -182,7 +182,7 @@ def _task(row: object, default_id: str, where: str) -> Task:
     prompt, answer, id_ = row["prompt"], row["answer"], row.get("id", default_id)
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)  # a table that holds 27.0 means 27
-    text = str(answer).rstrip().lstrip(" ")  # a leading tab is the start of a misread "\\times"
+    text = str(answer).rstrip().lstrip(" \n")  # a leading tab is the start of a misread "\\times"
     braces = [{"{": 1, "}": -1}.get(token, 0) for token in re.findall(r"\\.|[{}]", text)]
     faults = {
         "the prompt must be text": not isinstance(prompt, str) or not prompt.strip(),
@@ -190,13 +190,13 @@ def _task(row: object, default_id: str, where: str) -> Task:
         "the answer must be text or a number": type(answer) not in (str, int, float) or text == "nan",
         f"the answer has more than {MAX_ANSWER} characters": len(text) > MAX_ANSWER,
         # "\frac" in JSON is a form feed and "rac"
-        "control character (write each \\ twice in JSON)": re.search(r"[\x00-\x09\x0b-\x1f\x7f]|^\n", text),
+        "control character (write each \\ twice in JSON)": re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text),
         "unmatched brace": sum(braces) or min(itertools.accumulate(braces), default=0) < 0,
         "unpaired surrogate (half a character)": re.search("[\ud800-\udfff]", f"{prompt}{text}{id_}"),
     }
     for fault, found in faults.items():
         if found:
-            raise ValueError(f"{where}: {fault}: {row!r:.100}")
+            raise ValueError(f"{where}: {fault}: answer {answer!r:.50}, prompt {prompt!r:.50}")
     return Task(str(id_), prompt, text)
 
 
@@ -333,6 +333,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
 
 def _tidy(text: str, alone: bool) -> str:
     """The text as math-verify should see it; alone: it is nothing but the answer."""
+    if ONE_NUMBER.fullmatch(text):
+        return text  # what most answers are
     if alone:
         text = (last_boxed(text) or text).strip()
         if text[:1] == text[-1:] == "$" and text.count("$") == 2:

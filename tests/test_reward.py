@@ -697,10 +697,20 @@ def test_faulty_row_is_named(tmp_path, fault):
 
 def test_legal_answers(tmp_path):
     """What looks odd but can be matched."""
-    answers = [r"\{1,2\}", r"\text{(C)}", "05:00", "$18", "a b", r"\left(0,1\right]", "Evelyn's", "π"]
+    answers = [
+        r"\{1,2\}",
+        r"\text{(C)}",
+        "05:00",
+        "$18",
+        "a b",
+        r"\left(0,1\right]",
+        "Evelyn's",
+        "π",
+        "\n1 \\\\\n2",
+    ]
     rows = [{"prompt": f"q{i}", "answer": answer} for i, answer in enumerate(answers)]
     tasks = load_tasks(_write(tmp_path / "odd.jsonl", *rows))
-    assert [t.answer for t in tasks] == answers
+    assert [t.answer for t in tasks] == [answer.strip() for answer in answers]
     with Verifier() as quick:
         assert quick.score_many([rf"\boxed{{{a}}}" for a in answers], answers).all()
 
