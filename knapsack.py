@@ -28,17 +28,8 @@ class SuccessTracker:
                      model that produced them has moved on (1 keeps all, 0 only the last visit);
       alpha0, beta0  is the Beta that fits the prompts seen so far (empirical Bayes), multiplied by
                      `prior_strength`: small trusts a prompt's own record, large trusts the crowd.
-    A prompt with 0 of 4 right, then 4 of 4: forgetting lifts its estimate, the crowd pulls it back.
-
-    >>> for settings in [(1, 0.25), (0.75, 0.25), (0, 0.25), (0, 4)]:
-    ...     tracker = SuccessTracker(*settings)
-    ...     tracker.update(["a"], [0], [4])
-    ...     tracker.update(["a"], [4], [4])
-    ...     print(settings, tracker.estimate(["a"]).round(2))
-    (1, 0.25) [0.5]
-    (0.75, 0.25) [0.57]
-    (0, 0.25) [0.96]
-    (0, 4) [0.78]
+    After 0 of 4 and then 4 of 4 right, the estimate is .50 at (discount, prior_strength) = (1, .25): all
+    counts equally; .57 at (.75, .25); .96 at (0, .25): no past; .78 at (0, 4): pulled to the crowd.
     """
 
     def __init__(self, discount: float = 0.75, prior_strength: float = 0.25):
@@ -56,21 +47,19 @@ class SuccessTracker:
     def update(self, ids, successes, trials) -> None:
         """One visit: successes[i] of the trials[i] rollouts of prompt ids[i] were right."""
         s, t = _vector("successes", successes, len(ids)), _vector("trials", trials, len(ids))
-        _require((s % 1 == 0) & (s <= t), "successes", s, "pass a count, at most the trials")
         _require(t % 1 == 0, "trials", t, "pass a count")
+        _require((s % 1 == 0) & (s <= t), "successes", s, "pass a count, at most the trials")
         odd = [i for i in ids if not isinstance(i, (str, int, np.integer))]
         _require(not odd, "ids", odd[:1], "an id is a str or an int")
         for i in ids:
             self._row.setdefault(i if isinstance(i, str) else int(i), len(self._row))
         if len(self._row) >= len(self._seen):  # twice the room, so that growing stays linear
-            more = 2 * len(self._row) + 1 - len(self._seen)
-            self._seen = np.pad(self._seen, ((0, more), (0, 0), (0, 0)))
+            self._seen = np.pad(self._seen, ((0, 2 * len(self._row)), (0, 0), (0, 0)))
         # An id given twice was still visited once: its counts are added first.
         rows, which = np.unique(self._rows(ids), return_inverse=True)
         visit = np.stack([np.bincount(which, x, len(rows)) for x in (s, t)], 1)  # (rows, 2)
         rows, visit = rows[visit[:, 1] > 0], visit[visit[:, 1] > 0]
-        self._seen[rows, 2:] = self._seen[rows, 1:-1]
-        self._seen[rows, 1] = visit
+        self._seen[rows, 1:] = np.concatenate([visit[:, None], self._seen[rows, 1:-1]], 1)
         self._seen[rows, 0] = self.discount * self._seen[rows, 0] + visit
 
     def prior(self) -> tuple[float, float]:
@@ -102,8 +91,7 @@ class SuccessTracker:
 
     def windowed_rate(self, ids, window: int = 16) -> np.ndarray:
         """(M,) the paper's estimate: mean of the newest `window` outcomes, or of the whole last visit if
-        that had more; NaN if unseen. A visit that the window cuts counts in part: the order of outcomes
-        within a visit carries no information."""
+        that had more; NaN if unseen. A visit that the window cuts counts in proportion."""
         _require(1 <= window <= VISITS_KEPT, "window", window, f"choose 1 to {VISITS_KEPT}")
         s, t = np.moveaxis(self._seen[self._rows(ids), 1:], -1, 0)  # (M, VISITS_KEPT)
         used = np.clip(window - (t.cumsum(1) - t), 0, t)
@@ -181,7 +169,7 @@ class _Gains:
         b = _vector("beta", p[1], len(a)) if self.d else 1 - a
         _require(a + b > 0, "alpha + beta", a + b, "pass numbers > 0")
         d, self.m, s = self.d, len(a), a + b
-        terms = [(a / s * (b / (s + d)) * ((b + d) / (s + 2 * d)), a + d, b + 2 * d)]  # E[p q^2]
+        terms = [(a / s * (b / (s + d)) * ((b + d) / (s + 2 * d)), a + d, b + 2 * d)]  # E[p q^2], tilted
         if bonus is not None:  # bonus x P(mixed): a term without the factor p q^2
             terms.append((_vector("bonus", bonus, self.m), a, b))
         scale, a, b = (np.stack(x) for x in zip(*terms, strict=True))  # each (terms, M)
@@ -243,9 +231,8 @@ def rollouts_for_confidence(p, confidence) -> tuple[np.ndarray, np.ndarray]:
 def solve_dp(values, capacity: int, costs=None) -> np.ndarray:
     """Multiple-choice knapsack: one option per item, total cost <= capacity, the highest total.
 
-    values (M, K)  values[i, k] of option k of item i, any curve; -inf forbids the option
-    costs  (M, K)  whole numbers >= 0; None: option k costs k (k more rollouts)
-    Returns (M,), the option chosen for each item.
+    values (M, K): values[i, k] of option k of item i, any curve; -inf forbids the option. costs (M, K):
+    whole numbers; None: option k costs k (k more rollouts). Returns (M,), the option of each item.
 
     best[c] is the highest total of the items so far at a cost <= c. Only its newest row is kept; the way
     back is in `choice`, (M, capacity + 1) of one byte a cell (two if K > 256).
@@ -294,11 +281,9 @@ def solve_dp_torch(values, capacity: int):
 
 # ---- 5. The fast path: buy the best next rollout, again and again ------------------------------------
 def solve_greedy(values, capacity: int) -> np.ndarray:
-    """solve_dp for concave rows and unit costs: take the `capacity` largest gains. Returns (M,).
-
-    Concave: a prompt's gains fall, so its largest are its first, and the largest of all are a legal choice.
-    Of equal gains the lower level goes first, then the lower index.
-    """
+    """solve_dp for concave rows and unit costs: the `capacity` largest gains. As a prompt's gains fall, its
+    largest are its first, so that is a legal choice. Of equal gains the lower level, then the lower index
+    goes first. Returns (M,)."""
     gains = np.diff(np.asarray(values, float)).T  # (K-1, M)
     falling = np.minimum.accumulate(gains)  # differs by rounding errors only, if values are concave
     _require(gains <= falling + 1e-12 * np.abs(values).max(initial=0), "gain", gains, "use solve_dp")
@@ -346,9 +331,8 @@ def _buy_costly(gains: _Gains, levels: int, capacity: int, costs) -> np.ndarray:
     """(M,) extra rollouts, costs[i] each, of the highest total that `capacity` pays for.
 
     Buying by gain / cost until one does not fit stays within price x (what is left over) of `bound`, the
-    optimum if rollouts could be cut. Having k falls short of the bound by loss[i, k], so what loses more
-    than a known answer is out. The DP runs over what loses at most `slack`, and again with more slack
-    until its answer is that close to the bound: then it is optimal.
+    optimum if rollouts could be cut. Any answer that has k of prompt i is loss[i, k] or more below it. So
+    the DP runs over what loses at most `slack`: an answer that close to the bound is the optimum.
     """
     m, table = gains.m, np.reshape([next(gains) for _ in range(levels)], (levels, gains.m))
     density = (table / costs).ravel()
@@ -383,11 +367,10 @@ def allocate(p, budget: int, n_min: int = 2, n_max: int = 128, weights=None, bon
     weights  (M,) a prompt's value times this: several objectives in one knapsack
     bonus    (M,) what a mixed group is worth besides its InfoGain: P(mixed) x (InfoGain + bonus).
              InfoGain starves prompts that were never solved; tests/bench_allocation.py measures what
-             bonus=np.where(tracker.solved(ids), 0.01, 0.4) wins back, and what that costs.
+             bonus=np.where(tracker.solved(ids), 0.01, 0.3) wins back, and what that costs.
     costs    (M,) whole numbers, the cost of one rollout (such as its expected tokens), which is what the
              budget then limits: the best counts with sum(costs * counts) <= budget
-    No case is special: p = 0 and p = 1 gain nothing and get what nobody else can use. Of equal gains the
-    prompt with fewer rollouts is served first, then the lower index.
+    No case is special: p = 0 and p = 1 gain nothing and get what nobody else can use. Ties as above.
     """
     gains = _Gains(p, weights, bonus)
     cost = _vector("costs", np.ones(gains.m) if costs is None else costs, gains.m)
@@ -442,10 +425,8 @@ def uniform(m: int, budget: int) -> np.ndarray:
 
 
 def shadow_price(p, counts, n_max: int = 128) -> float:
-    """Value of the last rollout bought: about what one more unit of budget is worth.
-
-    Rollouts that n_min forced are worth less than the best one not bought (n_max: not for sale).
-    """
+    """Value of the last rollout bought: about what one more unit of budget is worth. (Rollouts that n_min
+    forced are worth less than the best one not bought; beyond n_max none is for sale.)"""
     gains = _Gains(p)
     counts = _vector("counts", counts, gains.m)
     last, refused = np.full(gains.m, np.inf), 0.0
@@ -458,11 +439,9 @@ def shadow_price(p, counts, n_max: int = 128) -> float:
 
 
 def allocate_at_price(p, price: float, n_min: int = 2, n_max: int = 128) -> np.ndarray:
-    """Counts (M,): n_min, and every further rollout worth at least `price`, up to n_max.
-
-    The budget follows: large while many prompts are undecided, small once most are always right. At
-    price shadow_price(p, counts) the counts of allocate come back, but for ties.
-    """
+    """Counts (M,): n_min, and every further rollout worth at least `price`, up to n_max. The budget follows:
+    large while many prompts are undecided, small once most are always right. At shadow_price(p, counts)
+    the counts of allocate come back, but for ties."""
     gains = _Gains(p)
     _require(price >= 0, "price", price, "pass a number >= 0; shadow_price gives the scale")
     _spare(gains.m, gains.m * n_min, n_min, n_max)

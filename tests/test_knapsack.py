@@ -31,8 +31,7 @@ from knapsack import (
     value,
 )
 
-many = settings(derandomize=True, deadline=None, max_examples=400)
-few = settings(derandomize=True, deadline=None, max_examples=60)
+many = settings(derandomize=True, deadline=None, max_examples=250)
 
 # Probabilities that hit the special cases as often as the ordinary ones; equal ones make ties.
 probability = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1e-12, 1 - 1e-12]), st.floats(0, 1))
@@ -49,23 +48,9 @@ def size(p):
     return len(p[0]) if isinstance(p, tuple) else len(p)
 
 
-def table(p, n_max, weights=None, bonus=None):
-    """(M, n_max + 1) value of n rollouts, written the slow way: by the definition, not by gains."""
-    n = np.arange(n_max + 1)
-    if isinstance(p, tuple):
-        v = np.array([[float(exact_value(k, a, b)) for k in n] for a, b in zip(*p, strict=True)])
-        mixed = np.array([[float(exact_mixed(k, a, b)) for k in n] for a, b in zip(*p, strict=True)])
-    else:
-        q = 1 - p[:, None]
-        mixed = np.where(n == 0, 0, 1 - p[:, None] ** n - q**n)
-        v = mixed * p[:, None] * q**2
-    v = v + (0 if bonus is None else mixed * np.asarray(bonus)[:, None])
-    return v if weights is None else v * np.asarray(weights)[:, None]
-
-
 def moment(a, b, i, j):
-    """E[p^i q^j] under Beta(a, b), exactly."""
-    m = Fraction(1)
+    """E[p^i q^j] under Beta(a, b), a ratio of rising factorials; exact if a and b are Fractions."""
+    m = 1 + 0 * a
     for k in range(i):
         m *= a + k
     for k in range(j):
@@ -76,24 +61,27 @@ def moment(a, b, i, j):
 
 
 def exact_value(n, a, b):
-    a, b = Fraction(float(a)), Fraction(float(b))
-    return moment(a, b, 1, 2) - moment(a, b, 1 + n, 2) - moment(a, b, 1, 2 + n) if n else 0
+    return moment(a, b, 1, 2) - moment(a, b, 1 + n, 2) - moment(a, b, 1, 2 + n)
 
 
-def exact_mixed(n, a, b):
-    a, b = Fraction(float(a)), Fraction(float(b))
-    return 1 - moment(a, b, n, 0) - moment(a, b, 0, n) if n else 0
+def table(p, n_max, weights=None, bonus=None):
+    """(M, n_max + 1) value of n rollouts, written the slow way: by the definition, not by gains."""
+    n = np.arange(n_max + 1)
+    if isinstance(p, tuple):
+        v = np.array([exact_value(k, *p) for k in n]).T
+        mixed = np.array([1 - moment(*p, k, 0) - moment(*p, 0, k) for k in n]).T
+    else:
+        mixed = 1 - p[:, None] ** n - (1 - p[:, None]) ** n
+        v = mixed * (p * (1 - p) ** 2)[:, None]
+    v = v + (0 if bonus is None else mixed * np.asarray(bonus)[:, None])
+    return v if weights is None else v * np.asarray(weights)[:, None]
 
 
-def brute_force(values, n_min, n_max, budget, costs):
-    """Highest total over all legal counts (spending exactly `budget` if costs are all 1)."""
-    exact = (costs == 1).all()
-    best = -np.inf
-    for counts in itertools.product(range(n_min, n_max + 1), repeat=len(values)):
-        spent = np.dot(counts, costs)
-        if spent == budget or (spent < budget and not exact):
-            best = max(best, sum(values[i, n] for i, n in enumerate(counts)))
-    return best
+def totals(values, costs, options):
+    """The value and the cost of every way to choose one option a row."""
+    ways = np.array(list(itertools.product(options, repeat=len(values))))  # (ways, M)
+    rows = np.arange(len(values))
+    return values[rows, ways].sum(1), costs[rows, ways].sum(1)
 
 
 # ---- estimation ----------------------------------------------------------------------------------------
@@ -139,6 +127,19 @@ def test_posterior_is_the_naive_loop(discount, strength):
             tracker.posterior(asked), naive_posterior(history, asked, discount, strength), strict=True
         ):
             np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+
+
+def test_settings_do_what_the_docstring_says():
+    """Catches: a docstring whose four numbers are no longer the code's."""
+    seen = {}
+    for key in ((1, 0.25), (0.75, 0.25), (0, 0.25), (0, 4)):
+        tracker = SuccessTracker(*key)
+        tracker.update(["a"], [0], [4])
+        tracker.update(["a"], [4], [4])
+        seen[key] = round(float(tracker.estimate(["a"])[0]), 2)
+    assert list(seen.values()) == [0.50, 0.57, 0.96, 0.78]
+    assert ".50 at" in SuccessTracker.__doc__ and ".57 at (.75, .25)" in SuccessTracker.__doc__
+    assert ".96 at (0, .25)" in SuccessTracker.__doc__ and ".78 at (0, 4)" in SuccessTracker.__doc__
 
 
 def test_prior_recovers_the_beta_that_made_the_prompts():
@@ -291,7 +292,7 @@ def test_expected_value_to_1e_11(a, b):
 @many
 def test_expected_value_is_the_exact_rational(n, a, b):
     """Catches: a wrong rising factorial, without trusting a special-function library."""
-    want = float(exact_value(n, a, b))
+    want = float(exact_value(n, Fraction(a), Fraction(b)))
     assert float(expected_value(n, a, b)) == pytest.approx(want, rel=1e-13, abs=0)
 
 
@@ -369,26 +370,21 @@ def tables(draw):
 
 
 @given(tables())
-@settings(many, max_examples=700)
+@settings(many, max_examples=500)
 def test_solve_dp_is_brute_force(case):
     """Catches: a DP that assumes concavity, drops 'take nothing', or backtracks one cell off."""
     values, costs, capacity = case
-    options = range(values.shape[1])
     for c in (None, costs):
-        price = np.tile(options, (len(values), 1)) if c is None else c
-        legal = [
-            sum(values[i, k] for i, k in enumerate(ks))
-            for ks in itertools.product(options, repeat=len(values))
-            if sum(price[i, k] for i, k in enumerate(ks)) <= capacity
-        ]
-        if max(legal, default=-np.inf) == -np.inf:
+        price = np.tile(np.arange(values.shape[1]), (len(values), 1)) if c is None else c
+        total, spent = totals(values, price, range(values.shape[1]))
+        best = total[spent <= capacity].max(initial=-np.inf)
+        if best == -np.inf:
             with pytest.raises(ValueError, match="capacity"):
                 solve_dp(values, capacity, c)
             continue
-        ks = solve_dp(values, capacity, c)
-        rows = np.arange(len(values))
+        ks, rows = solve_dp(values, capacity, c), np.arange(len(values))
         assert price[rows, ks].sum() <= capacity
-        assert values[rows, ks].sum() == pytest.approx(max(legal), rel=1e-12, abs=1e-12)
+        assert values[rows, ks].sum() == pytest.approx(best, rel=1e-12, abs=1e-12)
         if c is None:
             assert np.array_equal(solve_dp_torch(torch.tensor(values), capacity).numpy(), ks)
 
@@ -404,7 +400,7 @@ def test_solve_dp_sizes():
 
 
 @given(prompts, st.integers(1, 3), st.integers(0, 5), st.floats(0, 1))
-@settings(many, max_examples=600)
+@settings(many, max_examples=300)
 def test_greedy_is_the_dp(p, n_min, extra, share):
     """Catches: greedy on gains that are not concave, and ties that leave budget unspent."""
     values = table(p, n_min + extra)[:, n_min:]
@@ -421,7 +417,7 @@ def test_greedy_is_the_dp(p, n_min, extra, share):
 @given(
     prompts, st.integers(1, 3), st.integers(0, 4), st.floats(0, 1), st.booleans(), st.booleans(), st.data()
 )
-@settings(many, max_examples=700)
+@settings(many, max_examples=500)
 def test_allocate_is_brute_force(p, n_min, extra, share, weighted, costly, data):
     """Catches: any rule that is not optimal, in every mode: known p or posterior, weights, bonus, costs."""
     m, n_max = size(p), n_min + extra
@@ -439,8 +435,8 @@ def test_allocate_is_brute_force(p, n_min, extra, share, weighted, costly, data)
     assert np.dot(counts, costs) <= budget and (costly or counts.sum() == budget)
     values = table(p, n_max, weights, bonus)
     got = values[np.arange(m), counts].sum()
-    best = brute_force(values, n_min, n_max, budget, costs)
-    assert got == pytest.approx(best, rel=1e-9, abs=1e-13)
+    total, spent = totals(values, costs[:, None] * np.arange(n_max + 1), range(n_min, n_max + 1))
+    assert got == pytest.approx(total[spent <= budget].max(), rel=1e-9, abs=1e-13)
 
 
 @given(prompts, st.integers(1, 3), st.integers(1, 12), st.integers(0, 40))
@@ -582,7 +578,7 @@ def test_uniform():
     st.lists(st.one_of(st.sampled_from([0.0, 1.0, 1 / 16]), st.floats(0, 1)), min_size=1, max_size=12),
     st.integers(1, 3), st.integers(0, 20), st.floats(0, 1),
 )  # fmt: skip
-@settings(many, max_examples=1000)
+@settings(many, max_examples=250)
 def test_paper_rule_keeps_every_limit(p, n_min, extra, share):
     """Catches: the published code's fallback above n_max, and its failed assertion when every prompt is
     informative and needs less than there is."""
@@ -681,4 +677,4 @@ def test_arguments_are_left_alone():
 def test_docstring_examples():
     """Catches: an example in the docs that no longer prints what it shows."""
     result = doctest.testmod(knapsack)
-    assert result.attempted >= 4 and result.failed == 0
+    assert result.attempted >= 3 and result.failed == 0
