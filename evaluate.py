@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from logging import getLogger
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ def load_model(path: str, trust_remote_code: bool = False):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    getLogger("huggingface_hub").setLevel("ERROR")  # without a network it logs each retry
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -28,6 +28,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -171,29 +172,24 @@ def allocate(c: Config, tracker: knapsack.SuccessTracker, ids: list[str]) -> np.
     return knapsack.allocate(tracker.posterior(ids), c.budget, c.n_min, c.n_max)
 
 
-def train(c: Config, out: Path, train_tasks: list, held_out: list) -> None:
-    """The whole run, from the last checkpoint in `out` if there is one."""
-    import torch
-    from tqdm import tqdm
-
-    import grpo
+def set_up(c: Config, out: Path, tasks: list) -> tuple:
+    """(model, tokenizer, prompts, sampler): what takes seconds to load, and everything that can be
+    wrong with it as a ValueError. The weights are the last checkpoint's, where there is one."""
     import rollout
 
-    # ---- model, sampler, optimizer, tracker
     path = evaluate.resolve_model(c.model)
     engine, why = rollout.choose_engine(c.engine)
-    checkpoint = latest_checkpoint(out)
     print(f"sampling with {engine} ({why}); writing to {out}", flush=True)
-    model, tokenizer = evaluate.load_model(checkpoint or path, c.trust_remote_code)
-    prompts = evaluate.encode_tasks(tokenizer, train_tasks + held_out, c.instruction, c.chat)
+    model, tokenizer = evaluate.load_model(latest_checkpoint(out) or path, c.trust_remote_code)
+    prompts = evaluate.encode_tasks(tokenizer, tasks, c.instruction, c.chat)  # {task id: token ids}
     too_long = [i for i, ids in prompts.items() if len(ids) > c.max_prompt_tokens]
     if too_long:
         raise ValueError(
             f"{len(too_long)} prompts are longer than {c.max_prompt_tokens} tokens (the first: "
             f"{too_long[0]}): raise --max-prompt-tokens or drop them"
         )
-    context = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts.values()))
+    context = getattr(model.config, "max_position_embeddings", None)
     if context and longest + c.max_new_tokens > context:
         raise ValueError(
             f"a prompt of {longest} tokens and --max-new-tokens {c.max_new_tokens} exceed the "
@@ -209,8 +205,19 @@ def train(c: Config, out: Path, train_tasks: list, held_out: list) -> None:
     else:
         model.to(evaluate.device())
         sampler = rollout.HFSampler(model, tokenizer, c.max_new_tokens, c.temperature)
+    return model, tokenizer, prompts, sampler
+
+
+def train(c: Config, out: Path, train_tasks: list, held_out: list, model, tokenizer, prompts, sampler):
+    """The whole run, from the last checkpoint in `out` if there is one."""
+    import torch
+    from tqdm import tqdm
+
+    import grpo
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0)
     tracker, solved, first = knapsack.SuccessTracker(), set(), 1
+    checkpoint = latest_checkpoint(out)
     if checkpoint:
         state = json.loads((checkpoint / "state.json").read_text())
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
@@ -232,7 +239,7 @@ def train(c: Config, out: Path, train_tasks: list, held_out: list) -> None:
         sampler.temperature = c.temperature
         return float(right.mean()), evaluate.bootstrap_se(right.mean(1))
 
-    bar = tqdm(total=c.steps, initial=step, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=c.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
     try:
         if not checkpoint:  # the untouched model
             clock.lap("load")
@@ -334,6 +341,10 @@ def step_seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
 
 
+class RunStopped(Exception):
+    """The run cannot go on; the sentence says why and what to do."""
+
+
 def canary(model, rollouts, c: Config, token_logprobs) -> float:
     """Mean |log-prob of the trainer - log-prob of the sampler| over a few rollouts: rounding, unless
     the sampler's weights are stale (then it jumps to whole nats) and the run must stop."""
@@ -344,7 +355,7 @@ def canary(model, rollouts, c: Config, token_logprobs) -> float:
         ours = token_logprobs(model, few, c.temperature).cpu().numpy()
     gap = float(np.abs(ours - np.concatenate([r.logprobs for r in few])).mean())
     if not gap < CANARY_BOUND:
-        raise RuntimeError(
+        raise RunStopped(
             f"the sampler's log-probs are {gap:.3g} nats from the trainer's on average (bound "
             f"{CANARY_BOUND}): it samples from other weights. The last checkpoint is sound."
         )
@@ -681,7 +692,8 @@ def run_folder(c: Config, wanted: Path | None) -> Path:
 
 
 def main(argv=None) -> None:
-    out = None
+    warnings.formatwarning = lambda message, *_, **__: f"train.py: {message}\n"
+    out, fresh = None, False
     try:
         c, args = parse_args(argv)
         if args.compare:
@@ -703,12 +715,23 @@ def main(argv=None) -> None:
         if not args.resume:
             out = run_folder(c, args.out)
             out.mkdir(parents=True, exist_ok=True)
+            fresh = True
             (out / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2) + "\n")
-        train(c, out, train_tasks, held_out)
+        parts = set_up(c, out, train_tasks + held_out)
     except (ValueError, OSError) as error:
+        if fresh:  # nothing has run: leave no folder that looks as if
+            (out / "config.json").unlink(missing_ok=True)
+            if not any(out.iterdir()):
+                out.rmdir()
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"interrupted; go on with: python train.py --resume {out}" if out else "interrupted")
+        sys.exit("interrupted before the first step")
+    try:
+        train(c, out, train_tasks, held_out, *parts)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; go on with: python train.py --resume {out}")
+    except (RunStopped, FloatingPointError) as error:
+        sys.exit(f"train.py: stopped: {error}")
 
 
 if __name__ == "__main__":
