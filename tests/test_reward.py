@@ -556,7 +556,9 @@ def test_ctrl_c_in_a_batch_leaves_no_stale_reply(tmp_path):
         "        v.score_many(['\\\\boxed{(9^%d)!}' % i for i in range(8, 20)], ['5'] * 12)\n"
         "        print('not interrupted')\n"
         "    except KeyboardInterrupt:\n"
-        "        print(v.score_many(['\\\\boxed{x+%d}' % i for i in range(6)], ['%d+x' % i for i in range(6)]))\n"
+        "        completions = ['\\\\boxed{x+%d}' % i for i in range(6)]\n"
+        "        rewards = v.score_many(completions, ['%d+x' % i for i in range(6)])\n"
+        "        print(rewards)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
