@@ -94,8 +94,7 @@ class SuccessTracker:
         that had more; NaN if unseen. A visit that the window cuts counts in proportion."""
         _require(1 <= window <= VISITS_KEPT, "window", window, f"choose 1 to {VISITS_KEPT}")
         s, t = np.moveaxis(self._seen[self._rows(ids), 1:], -1, 0)  # (M, VISITS_KEPT)
-        used = np.clip(window - (t.cumsum(1) - t), 0, t)
-        used[:, 0] = t[:, 0]
+        used = np.clip(window - (t.cumsum(1) - t), 0, t)  # of each visit, what the window has room for
         with np.errstate(invalid="ignore"):  # unseen: 0 / 0 = NaN
             return (s * used / np.maximum(t, 1)).sum(1) / used.sum(1)
 
@@ -314,7 +313,7 @@ def _buy(gains: _Gains, levels: int, capacity: int, price: float = -np.inf):
     m, items, held = gains.m, np.arange(gains.m), [(np.zeros(0), np.zeros(0, int))]
     for _ in range(levels):
         now = next(gains)
-        keep = np.flatnonzero(now > price)  # not >=: of equal gains the earlier level goes first
+        keep = np.flatnonzero(now > price)  # an equal gain on an earlier level goes first
         if len(keep) < len(now):
             now, items, gains = now[keep], items[keep], gains.of(keep)
         held.append((now, items))
