@@ -72,7 +72,7 @@ class Config:
     clip_low: float = setting(0.2, 0.2, "PPO clip below 1")
     clip_high: float = setting(0.28, 0.28, "PPO clip above 1 (clip-higher)")
     tokens_per_microbatch: int = setting(16384, 16384, "padded tokens in one forward pass (memory)")
-    held_out: int = setting(256, 0, "tasks kept for evaluation (0: a fifth of them, at most 256)")
+    held_out: int = setting(0, 0, "tasks kept for evaluation (0: a fifth of them, at most 256)")
     eval_every: int = setting(15, 10, "steps between evaluations")
     eval_samples: int = setting(4, 4, "answers a held-out problem")
     eval_temperature: float = setting(1.0, 0.6, "of the sampling during evaluation")
@@ -692,6 +692,7 @@ def run_folder(c: Config, wanted: Path | None) -> Path:
 
 
 def main(argv=None) -> None:
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell their own developers
     warnings.formatwarning = lambda message, *_, **__: f"train.py: {message}\n"
     out, fresh = None, False
     try:
