@@ -1,0 +1,64 @@
+"""The README says what is there: its commands parse, its files exist, its numbers are recorded ones."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "tutorial" / "results"
+
+
+def rows(run):
+    return [json.loads(line) for line in (RESULTS / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_commands_parse():
+    """Catches: a flag that was renamed after the README was written."""
+    commands = re.findall(
+        r"train\.py((?: --?[^\n#`]+)?)", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+    )
+    assert len(commands) >= 3
+    for flags in commands:
+        words = shlex.split(flags)
+        if "--help" not in words:
+            config, _ = train.parse_args(words)
+            train.check(config)
+
+
+def test_files_that_are_named_exist():
+    for name in re.findall(r"\((tutorial/[^)]+)\)|`((?:tutorial|tests)/[\w./-]+)`", README):
+        assert (ROOT / (name[0] or name[1])).exists(), name
+
+
+def test_headroom_numbers():
+    """The sentence about the embedded model, from what tutorial/headroom.py wrote; and its bar."""
+    h = json.loads((RESULTS / "headroom.json").read_text())
+    assert h["ceiling"][0] - h["shipped"][0] >= 0.3
+    assert len(h["runs"]) >= 3
+    for run in h["runs"]:
+        assert run["gap_closed"] >= 0.5 and run["seconds"] <= 180
+    success = [run["success"] for run in h["runs"]]
+    says = (
+        f"right on {h['shipped'][0]:.2f} of held-out sums, where the same network pretrained on right "
+        f"answers reaches {h['ceiling'][0]:.2f}; three default runs end at "
+        f"{', '.join(f'{s:.2f}' for s in success)}"
+    )
+    assert says in " ".join(README.split()), says
+
+
+def test_smollm2_numbers():
+    """The table of the two recorded SmolLM2 runs, from their metrics."""
+    for allocator in ("uniform", "knapsack"):
+        metrics = rows(f"smollm2-{allocator}-seed0")
+        assert len(metrics) > 30 and all(m["budget"] == 256 for m in metrics)
+        evaluated = [m["eval_success"] for m in metrics if m["eval_success"] is not None]
+        trained = metrics[1:]
+        cells = [allocator, f"{evaluated[0]:.2f} → {evaluated[-1]:.2f}"]
+        for key in ("effective_rollouts", "effective_prompts"):
+            cells.append(f"{sum(m[key] for m in trained) / len(trained):.2f}")
+        cells += [f"{trained[-1]['distinct_solved']}", f"{max(m['n_largest'] for m in trained)}"]
+        assert "| " + " | ".join(cells) + " |" in README, cells
