@@ -249,13 +249,12 @@ def update(
         flat = np.concatenate([rollouts[i].logprobs for i in rows])
         return torch.tensor(flat, dtype=torch.float32, device=device)
 
-    # pi_old is the policy before the first step. With a single step it is the policy itself.
+    # pi_old is the policy before the first step: for the first minibatch that is the policy itself.
     old: dict[tuple, torch.Tensor] = {}
-    if len(batches) > 1:
-        with torch.no_grad():
-            for batch in batches:
-                for rows in microbatches(rollouts, batch, tokens_per_microbatch):
-                    old[tuple(rows)] = token_logprobs(model, [rollouts[i] for i in rows], temperature)
+    with torch.no_grad():
+        for batch in batches[1:]:
+            for rows in microbatches(rollouts, batch, tokens_per_microbatch):
+                old[tuple(rows)] = token_logprobs(model, [rollouts[i] for i in rows], temperature)
 
     sums = dict.fromkeys(("loss", "clipped_low", "clipped_high", "kl"), 0.0)
     norms = []

@@ -58,7 +58,7 @@ class Config:
         "knapsack", "knapsack", "who decides the counts", choices=["knapsack", "paper", "uniform"]
     )
     engine: str = setting("auto", "auto", "who samples", choices=["auto", "vllm", "hf"])
-    steps: int = setting(120, 200, "training steps")
+    steps: int = setting(100, 200, "training steps")
     prompts: int = setting(64, 64, "prompts a step (M)")
     budget: int = setting(512, 512, "rollouts a step, all prompts together (B)")
     n_min: int = setting(2, 2, "fewest rollouts of a prompt")
@@ -73,10 +73,10 @@ class Config:
     clip_high: float = setting(0.28, 0.28, "PPO clip above 1 (clip-higher)")
     tokens_per_microbatch: int = setting(16384, 8192, "padded tokens in one forward pass (memory)")
     held_out: int = setting(0, 0, "tasks kept for evaluation (0: a fifth of them, at most 256)")
-    eval_every: int = setting(15, 20, "steps between evaluations")
+    eval_every: int = setting(20, 20, "steps between evaluations")
     eval_samples: int = setting(4, 4, "answers a held-out problem")
     eval_temperature: float = setting(1.0, 0.6, "of the sampling during evaluation")
-    save_every: int = setting(50, 20, "steps between checkpoints")
+    save_every: int = setting(25, 20, "steps between checkpoints")
     gpu_memory: float = setting(0.4, 0.4, "vLLM's share of the GPU's memory while it samples")
     seed: int = setting(0, 0, "seed of everything random")
     trust_remote_code: bool = setting(False, False, "run code that comes with the model")
@@ -556,7 +556,7 @@ def draw_dashboard(out: Path) -> None:
         return
     fig, ((a, b, c), (d, e, f)) = figure(2, 3)
     fig.suptitle(
-        f"{config['model']} on {config['tasks']}: {config['allocator']}, "
+        f"{Path(config['model']).name} on {Path(config['tasks']).name}: {config['allocator']}, "
         f"{config['prompts']} prompts x {config['budget'] / config['prompts']:g} rollouts a step"
     )
 
@@ -581,7 +581,7 @@ def draw_dashboard(out: Path) -> None:
     right.set(ylim=(0, None), ylabel="prompts ever solved")
     right.grid(False)
     lines = b.get_lines() + right.get_lines()
-    b.legend(lines, [line.get_label() for line in lines], loc="lower right", fontsize=8)
+    b.legend(lines, [line.get_label() for line in lines], loc="best", fontsize=8)
 
     shares = [smooth(column(rows, k)[1]) for k in ("all_right", "effective_prompts", "all_wrong")]
     c.stackplot(steps, shares, colors=["#cfe3cf", "#0057a8", "#4d4d4d"],
@@ -643,7 +643,7 @@ def draw_dashboard(out: Path) -> None:
 
 def draw_comparison(runs: list[Path], path: Path) -> None:
     """Several runs on one picture, against rollouts spent: equal compute stands above equal compute."""
-    fig, axes = figure(1, 4)
+    fig, axes = figure(2, 2)
     panels = [("eval_success", "Held-out success"), ("effective_rollouts", "Rollouts in mixed groups"),
               ("effective_prompts", "Prompts with a mixed group"),
               ("distinct_solved", "Prompts ever solved")]  # fmt: skip
@@ -652,14 +652,14 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
             json.loads((run / "config.json").read_text()),
             read_rows(run / "metrics.jsonl"),
         )
-        for axis, (name, title) in zip(axes, panels, strict=True):
+        for axis, (name, title) in zip(axes.flat, panels, strict=True):
             steps, values = column(rows, name)
             if name.startswith("effective"):
                 values = smooth(values)
             label = f"{config['allocator']} ({run.name})"
             axis.plot(steps * config["budget"], values, label=label, **LOOK[config["allocator"]])
             axis.set(title=title, xlabel="rollouts spent", ylim=(0, None))
-    axes[0].legend(loc="lower right")
+    axes[0, 0].legend(loc="lower right")
     save_figure(fig, path)
 
 
