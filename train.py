@@ -242,7 +242,6 @@ def train(c: Config, out: Path, train_tasks: list, held_out: list, model, tokeni
     bar = tqdm(total=c.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
     try:
         if not checkpoint:  # the untouched model
-            clock.lap("load")
             success, se = held_out_success()
             clock.lap("eval")
             row = dict.fromkeys(ROW) | {"step": 0, "budget": c.budget, "distinct_solved": 0}
@@ -581,7 +580,7 @@ def draw_dashboard(out: Path) -> None:
     right.set(ylim=(0, None), ylabel="prompts ever solved")
     right.grid(False)
     lines = b.get_lines() + right.get_lines()
-    b.legend(lines, [line.get_label() for line in lines], loc="best", fontsize=8)
+    b.legend(lines, [line.get_label() for line in lines], loc="lower right", fontsize=8, frameon=True)
 
     shares = [smooth(column(rows, k)[1]) for k in ("all_right", "effective_prompts", "all_wrong")]
     c.stackplot(steps, shares, colors=["#cfe3cf", "#0057a8", "#4d4d4d"],

@@ -62,3 +62,16 @@ def test_smollm2_numbers():
             cells.append(f"{sum(m[key] for m in trained) / len(trained):.2f}")
         cells += [f"{trained[-1]['distinct_solved']}", f"{max(m['n_largest'] for m in trained)}"]
         assert "| " + " | ".join(cells) + " |" in README, cells
+
+
+def test_replay_numbers():
+    """The table of rules replayed on real success rates, from what tests/bench_allocation.py wrote."""
+    rules = json.loads((RESULTS / "allocation_replay.json").read_text())["all prompts"]["rules"]
+    lines = [line for line in README.splitlines() if line.count("|") == 5 and "." in line]
+    table = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines}
+    for rule, cells in table.items():
+        measured = rules[rule]
+        shares = [f"{measured[k][0]:.3f}"[1:] for k in ("effective_rollouts", "effective_prompts")]
+        assert cells == [*shares, f"{measured['solved'][0]:.0f}"], rule
+        assert measured["effective_rollouts"][1] < 0.001 and measured["solved"][1] < 1
+    assert len(table) == 5
