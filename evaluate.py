@@ -1,7 +1,9 @@
 """Evaluate a model on tasks: avg@k and pass@k over k sampled answers a problem, with error bars.
 
-    python evaluate.py --model tiny --tasks arithmetic --samples 16
-    python evaluate.py --model runs/tiny-knapsack-seed0/final --tasks arithmetic --out scores.json
+    python evaluate.py --model tiny --tasks arithmetic --held-out 256 --temperature 1
+    python evaluate.py --model RUN/final --tasks arithmetic --held-out 256 --temperature 1
+
+--held-out 256 takes the problems that a training run of the same tasks held out (and did not train on).
 
 avg@k is the mean success of k samples (the paper's metric, k = 16, temperature 0.6); pass@k is the
 chance that at least one of k samples is right. Standard errors are over problems: a bootstrap of the
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reward import HUB, Task, Verifier, load_tasks
+from reward import HUB, Task, Verifier, load_tasks, split_held_out
 
 TINY = Path(__file__).resolve().parent / "tutorial" / "tiny_model"
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -51,6 +53,7 @@ def device() -> str:
 def load_model(path: str, trust_remote_code: bool = False):
     """(model, tokenizer), in float32 and still on the CPU. ValueError in one line if it fails."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     getLogger("huggingface_hub").setLevel("ERROR")  # without a network it logs each retry
@@ -61,7 +64,7 @@ def load_model(path: str, trust_remote_code: bool = False):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"--model {path}: cannot be loaded ({reason})") from error
     # eval: no dropout, so that the trainer's log-probs are the sampler's.
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="tiny, a folder, or a hub id (tiny)")
     parser.add_argument("--tasks", default="arithmetic", help="arithmetic, a file, or a hub name")
     parser.add_argument("--samples", type=int, default=16, help="answers a problem (16)")
+    parser.add_argument("--held-out", type=int, help="only the N problems that train.py holds out")
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
     parser.add_argument("--temperature", type=float, default=0.6, help="of the sampling (0.6)")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit (1024)")
@@ -138,7 +142,12 @@ def main() -> None:
             raise ValueError("--samples, --max-new-tokens and --temperature must be above 0")
         if args.out and not args.out.resolve().parent.is_dir():
             raise ValueError(f"--out {args.out}: its folder does not exist")
-        path, tasks = resolve_model(args.model), load_tasks(args.tasks)[: args.limit]
+        if args.limit is not None and args.limit < 1:
+            raise ValueError("--limit must be above 0")
+        path, tasks = resolve_model(args.model), load_tasks(args.tasks)
+        if args.held_out:
+            tasks = split_held_out(tasks, args.held_out, seed=0)[1]
+        tasks = tasks[: args.limit]
         scores = run(args, path, tasks)
     except ValueError as error:
         sys.exit(f"evaluate.py: error: {error}")

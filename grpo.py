@@ -71,6 +71,9 @@ def token_logprobs(model, rollouts: Sequence, temperature: float = 1.0) -> torch
     the distinct prompts run first, (G, P), their keys and values stay in the graph and are expanded
     over the rows, and only the responses, (R, T), run on top. Gradients flow back through the
     expansion and add up. It costs G*P + R*T tokens instead of R*(P+T).
+
+    For models whose logits are head(hidden), as Qwen's and Llama's are; not for those that cap or
+    scale them afterwards (Gemma 2, Cohere, Granite).
     """
     device = next(model.parameters()).device
     decoder, head = model.get_decoder(), model.get_output_embeddings()
@@ -122,8 +125,8 @@ def token_logprobs(model, rollouts: Sequence, temperature: float = 1.0) -> torch
                 past_key_values=out.past_key_values,
             )
             hidden = torch.cat([hidden, out.last_hidden_state], dim=1)  # (R, T, H)
-    real = torch.arange(T, device=device) < lengths[:, None]  # (R, T)
-    return _logprobs_of(head, hidden[real], response_ids[real], temperature)  # (N,)
+        real = torch.arange(T, device=device) < lengths[:, None]  # (R, T)
+        return _logprobs_of(head, hidden[real], response_ids[real], temperature)  # (N,)
 
 
 def _logprobs_of(head, hidden, targets, temperature, chunk_elements=2**25) -> torch.Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -52,7 +53,7 @@ def setting(tiny, large, help: str, **extra):
 class Config:
     model: str = setting("tiny", "tiny", "tiny, a folder, or a hub id; a bare Qwen name means Qwen/...")
     tasks: str = setting("arithmetic", "dapo17k", "arithmetic, a .jsonl or .parquet file, or a hub name")
-    instruction: str = setting("", None, "text appended to each prompt (hub tasks: ask for \\boxed{})")
+    instruction: str = setting("", None, "text after each prompt [none; hub tasks: \\boxed{} please]")
     chat: bool = setting(False, False, "wrap prompts in the model's chat template")
     allocator: str = setting(
         "knapsack", "knapsack", "who decides the counts", choices=["knapsack", "paper", "uniform"]
@@ -87,7 +88,7 @@ def parse_args(argv=None) -> tuple[Config, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Defaults stand in brackets: the embedded model's | any other model's.",
+        epilog="Defaults stand in brackets: those of --model tiny | those of any other --model.",
     )
     for f in dataclasses.fields(Config):
         tiny, large = f.metadata["tiny"], f.metadata["large"]
@@ -102,7 +103,7 @@ def parse_args(argv=None) -> tuple[Config, argparse.Namespace]:
             default=argparse.SUPPRESS,
             choices=f.metadata.get("choices"),
             metavar=None if "choices" in f.metadata else flag[2:].replace("-", "_").upper(),
-            help=text + (f" [{both}]" if both else ""),
+            help=text if large is None else f"{text} [{both}]",
         )
     parser.add_argument("--out", type=Path, help="run folder [runs/MODEL-ALLOCATOR-seedSEED]")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
@@ -155,8 +156,7 @@ def check(c: Config) -> None:
 
 
 def batch_of(train_tasks: list, step: int, c: Config) -> list:
-    """The prompts of step 1, 2, ...: walks through shuffled epochs, the same for every allocator.
-    A shuffled epoch's last tasks, too few for a batch, wait for a later epoch."""
+    """The prompts of step 1, 2, ...: walks through shuffled epochs, the same for every allocator."""
     per_epoch = len(train_tasks) // c.prompts
     epoch, k = divmod(step - 1, per_epoch)
     order = np.random.default_rng([c.seed, epoch]).permutation(len(train_tasks))
@@ -189,6 +189,9 @@ def set_up(c: Config, out: Path, tasks: list) -> tuple:
             f"{too_long[0]}): raise --max-prompt-tokens or drop them"
         )
     longest = max(map(len, prompts.values()))
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, name, None) not in (None, 1.0):
+            raise ValueError(f"--model {c.model}: its {name} is not supported by grpo.token_logprobs")
     context = getattr(model.config, "max_position_embeddings", None)
     if context and longest + c.max_new_tokens > context:
         raise ValueError(
@@ -246,6 +249,7 @@ def train(c: Config, out: Path, train_tasks: list, held_out: list, model, tokeni
             clock.lap("eval")
             row = dict.fromkeys(ROW) | {"step": 0, "budget": c.budget, "distinct_solved": 0}
             log.write(row | {"eval_success": success, "eval_success_se": se} | clock.row())
+            clock.steps.clear()  # an evaluation says nothing about how long a step takes
             bar.write(f"before training: held-out success {success:.3f} ± {se:.3f}")
 
         for step in range(first, c.steps + 1):
@@ -300,14 +304,15 @@ def train(c: Config, out: Path, train_tasks: list, held_out: list, model, tokeni
             bar.write(describe(row, c.steps, clock))
             bar.update()
             # 6. Keep what an interruption would lose.
-            if step % c.save_every == 0 or step == c.steps or stop.asked:
+            stopping = stop.asked  # read once: a later signal waits for the next step's save
+            if step % c.save_every == 0 or step == c.steps or stopping:
                 state = {"step": step, "tracker": tracker.state_dict(), "solved": sorted(solved)}
                 save_checkpoint(out, step, model, tokenizer, optimizer, state)
                 clock.lap("save")
             if row.get("eval_success") is not None:
                 draw_dashboard(out)
                 clock.lap("draw")
-            if stop.asked and step < c.steps:
+            if stopping and step < c.steps:
                 bar.close()
                 draw_dashboard(out)
                 print(f"stopped after step {step}; go on with: python train.py --resume {out}")
@@ -646,7 +651,8 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
     panels = [("eval_success", "Held-out success"), ("effective_rollouts", "Rollouts in mixed groups"),
               ("effective_prompts", "Prompts with a mixed group"),
               ("distinct_solved", "Prompts ever solved")]  # fmt: skip
-    for run in runs:
+    # The look is the allocator's, the marker the run's.
+    for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
         config, rows = (
             json.loads((run / "config.json").read_text()),
             read_rows(run / "metrics.jsonl"),
@@ -655,8 +661,13 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
             steps, values = column(rows, name)
             if name.startswith("effective"):
                 values = smooth(values)
+            look = LOOK[config["allocator"]] | {"marker": marker, "markersize": 4}
             label = f"{config['allocator']} ({run.name})"
-            axis.plot(steps * config["budget"], values, label=label, **LOOK[config["allocator"]])
+            spent = steps * config["budget"]
+            if name == "eval_success":
+                axis.errorbar(spent, values, column(rows, "eval_success_se")[1], label=label, **look)
+            else:
+                axis.plot(spent, values, markevery=max(1, len(spent) // 8), **look)
             axis.set(title=title, xlabel="rollouts spent", ylim=(0, None))
     axes[0, 0].legend(loc="lower right")
     save_figure(fig, path)
@@ -676,7 +687,12 @@ def prepare(c: Config) -> tuple[list, list]:
             f"--tasks {c.tasks}: {len(tasks)} tasks are too few for {c.prompts} prompts a step and "
             f"{n_held_out} held out: lower --prompts or --held-out, or bring more tasks"
         )
-    return reward.split_held_out(tasks, n_held_out, seed=0)  # one split for every seed
+    train_tasks, held_out = reward.split_held_out(tasks, n_held_out, seed=0)  # one split for every seed
+    # Whole batches only, so that after the first epoch every prompt has been seen.
+    left_over = len(train_tasks) % c.prompts
+    if left_over:
+        print(f"{left_over} training tasks do not fill a batch of {c.prompts} and are left out")
+    return train_tasks[: len(train_tasks) - left_over], held_out
 
 
 def run_folder(c: Config, wanted: Path | None) -> Path:
@@ -684,6 +700,8 @@ def run_folder(c: Config, wanted: Path | None) -> Path:
     if wanted is not None:
         if (wanted / "config.json").exists():
             raise ValueError(f"--out {wanted} already holds a run: choose another, or --resume {wanted}")
+        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+            raise ValueError(f"--out {wanted} is there already and is not an empty folder: choose another")
         return wanted
     name = f"{Path(c.model).name}-{c.allocator}-seed{c.seed}"
     names = [name, *(f"{name}-{k}" for k in range(2, 10_000))]
@@ -707,7 +725,10 @@ def main(argv=None) -> None:
             out = args.resume
             if not (out / "config.json").is_file():
                 raise ValueError(f"--resume {out}: no config.json there, so no run to go on with")
-            c = Config(**json.loads((out / "config.json").read_text()))
+            try:
+                c = Config(**json.loads((out / "config.json").read_text()))
+            except TypeError as error:
+                raise ValueError(f"{out}/config.json is not of this version: {error}") from error
             if (out / "final").is_dir():
                 print(f"{out} is finished: nothing to resume")
                 return
@@ -718,14 +739,13 @@ def main(argv=None) -> None:
             fresh = True
             (out / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2) + "\n")
         parts = set_up(c, out, train_tasks + held_out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         if fresh:  # nothing has run: leave no folder that looks as if
             (out / "config.json").unlink(missing_ok=True)
-            if not any(out.iterdir()):
-                out.rmdir()
+            out.rmdir()  # it was empty when we came
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit("interrupted before the first step")
         sys.exit(f"train.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted before the first step")
     try:
         train(c, out, train_tasks, held_out, *parts)
     except KeyboardInterrupt:

@@ -56,10 +56,19 @@ def test_unknown_models_are_refused(name):
         evaluate.resolve_model(name)
 
 
+def test_held_out_problems_are_those_train_holds_out():
+    import train
+    from reward import load_tasks, split_held_out
+
+    _, held_out = train.prepare(train.parse_args([])[0])
+    assert split_held_out(load_tasks("arithmetic"), 256, seed=0)[1] == held_out
+    assert len(held_out) == 256
+
+
 def test_command_line(tmp_path):
     out = tmp_path / "scores.json"
-    command = [sys.executable, "evaluate.py", "--samples", "4", "--limit", "40", "--out", str(out)]
-    command += ["--temperature", "1", "--max-new-tokens", "40"]
+    command = [sys.executable, "evaluate.py", "--samples", "4", "--held-out", "256", "--limit", "40"]
+    command += ["--temperature", "1", "--max-new-tokens", "40", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     scores = json.loads(out.read_text())
     assert 0.1 < scores["avg@4"] < 0.6  # the untrained embedded model

@@ -233,6 +233,50 @@ def test_microbatches_change_nothing(model, minibatches):
             assert torch.allclose(a, b, atol=1e-10)
 
 
+def test_several_minibatches_are_steps_on_one_old_policy(model):
+    """Catches: old log-probs recomputed after the first step, a denominator of the wrong size, a rollout
+    lost or doubled where minibatches are cut. One naive loop over minibatches as `update` deals them."""
+    rollouts, advantages = example(8)
+    live = [i for i in range(len(rollouts)) if advantages[i] != 0]
+    total = sum(len(r.response_ids) for r in rollouts)
+    seen = []
+    real = grpo.microbatches
+
+    def spy(records, rows, tokens):
+        for batch in real(records, rows, tokens):
+            seen.append(batch)
+            yield batch
+
+    lr, k = 0.3, 2
+    trained = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=lr)
+    grpo.microbatches = spy
+    try:
+        stats = grpo.update(
+            trained, optimizer, rollouts, advantages, minibatches=k, max_grad_norm=1e9, seed=1
+        )
+    finally:
+        grpo.microbatches = real
+    dealt = seen[-k:]  # the training passes; before them ran the old policy's
+    assert sorted(i for batch in dealt for i in batch) == live
+    assert stats["clip_low"] + stats["clip_high"] > 0  # the second minibatch is off the old policy
+
+    naive = copy.deepcopy(model)
+    old = {i: naive_logprobs(model, rollouts[i]).detach() for i in live}
+    for batch in dealt:
+        loss = 0.0
+        for i in batch:
+            sampler = torch.tensor(rollouts[i].logprobs)
+            logp, a = naive_logprobs(naive, rollouts[i]), advantages[i]
+            loss = loss + naive_loss(logp, old[i], [a] * len(logp), total / k, sampler, 0.2, 0.28, 10.0, 2.0)
+        gradients = torch.autograd.grad(loss, list(naive.parameters()))
+        with torch.no_grad():
+            for p, g in zip(naive.parameters(), gradients, strict=True):
+                p -= lr * g
+    for a, b in zip(trained.parameters(), naive.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
 def test_microbatches_cover_every_row_once_within_the_limit():
     rollouts = make_rollouts(9, sizes=(40, 1, 3, 17))
     rows = np.arange(1, len(rollouts))

@@ -64,7 +64,7 @@ def main() -> None:
         runs.append({"seed": seed, "success": success, "se": se, "gap_closed": closed, "seconds": seconds})
     result = {
         "what": "held-out success, 256 problems x 16 samples, temperature 1",
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "allocator": args.allocator,
         "shipped": [start, start_se],
         "ceiling": [ceiling, ceiling_se],

@@ -1,4 +1,4 @@
-"""Pretrain the embedded default model, `tutorial/tiny_model/`: about MINUTES on 2 CPU cores.
+"""Pretrain the embedded default model, `tutorial/tiny_model/`: 23 minutes on one core of a busy machine.
 
     python tutorial/make_tiny_model.py                              # the shipped model, again
     python tutorial/make_tiny_model.py --clean --out /tmp/ceiling   # its ceiling: no wrong answers
