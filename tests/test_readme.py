@@ -41,6 +41,9 @@ def test_headroom_numbers():
     assert len(h["runs"]) >= 3
     for run in h["runs"]:
         assert run["gap_closed"] >= 0.5 and run["seconds"] <= 180
+    uniform = json.loads((RESULTS / "headroom_uniform.json").read_text())["runs"]
+    ends = ", ".join(f"{run['success']:.2f}" for run in uniform)
+    assert f"With `--allocator uniform` they end at {ends}: a tie" in README
     success = [run["success"] for run in h["runs"]]
     says = (
         f"right on {h['shipped'][0]:.2f} of held-out sums, where the same network pretrained on right "
