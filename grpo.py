@@ -10,13 +10,13 @@ and that is all the raggedness there is. Tokens are kept flat, (N,), so there is
 >>> group_advantages(np.array([1.0, 0.0, 1.0, 1.0]), np.array([7, 7, 9, 9])).round(3)
 array([ 0.707, -0.707,  0.   ,  0.   ])
 
-What the paper calls it: GRPO (its Eq. 1-2) with the settings of its Appendix: token-mean loss and
-clip-higher (both DAPO's), dual clip, truncated importance weights, no KL, no entropy bonus.
+What the paper calls it: GRPO, with its training settings: token-mean loss and clip-higher (both DAPO's),
+dual clip, truncated importance weights, no KL, no entropy bonus.
 
 Why the token mean: every token of the batch weighs the same, so a prompt weighs in proportion to
 its rollouts, and a prompt that was given 40 of them pulls on the model 5 times as hard as one that
-was given 8. With a mean over each prompt first, both would pull equally and the extra 32 rollouts
-would only lower the noise of one prompt's gradient: allocation would buy next to nothing.
+was given 8. With a mean over each prompt first, both would pull equally, and the extra 32 rollouts
+would only lower the noise of one prompt's gradient.
 """
 
 from __future__ import annotations

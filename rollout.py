@@ -67,9 +67,9 @@ def request_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
     return seeds
 
 
-def end_ids(model_config_owner, tokenizer) -> set[int]:
+def end_ids(model, tokenizer) -> set[int]:
     """The tokens that end a response: the model's generation settings' and the tokenizer's own."""
-    declared = getattr(model_config_owner, "generation_config", None)
+    declared = getattr(model, "generation_config", None)
     ids = getattr(declared, "eos_token_id", None)
     ids = set(ids) if isinstance(ids, (list, tuple)) else {ids}
     return (ids | {tokenizer.eos_token_id}) - {None}
