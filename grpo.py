@@ -21,8 +21,11 @@ would only lower the noise of one prompt's gradient.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -31,8 +34,14 @@ from torch.utils.checkpoint import checkpoint
 # ------------------------------------------------------------------------------------ advantages
 
 
-def group_advantages(rewards, group, eps: float = 1e-6, clip: float = 5.0) -> np.ndarray:
-    """A_r = (reward_r - mean) / (std + eps) within each group, then clipped to +-clip.
+def group_advantages(
+    rewards, group, eps: float = 1e-6, clip: float = 5.0, kind: str = "scaled"
+) -> np.ndarray:
+    """What each rollout did better than its own group, clipped to +-clip. In a group of n:
+
+        kind="scaled"          A_r = (reward_r - mean) / (std + eps)    GRPO; the paper's, and the default
+        kind="centred"         A_r = reward_r - mean                    Dr. GRPO
+        kind="leave-one-out"   A_r = reward_r - mean of the others      RLOO;  = (reward_r - mean) n/(n-1)
 
     rewards (R,) floats, binary or not; group (R,) integers, any labels in any order.
     std is the unbiased one (n - 1), as in the paper's code. Returns (R,) float64; a group of one and
@@ -48,8 +57,15 @@ def group_advantages(rewards, group, eps: float = 1e-6, clip: float = 5.0) -> np
     _, g, n = np.unique(group, return_inverse=True, return_counts=True)  # (R,) labels, (M,) sizes
     mean = np.bincount(g, rewards) / n  # (M,)
     centred = rewards - mean[g]
-    variance = np.bincount(g, centred**2) / np.maximum(n - 1, 1)
-    advantages = centred / (np.sqrt(variance)[g] + eps)
+    if kind == "scaled":
+        variance = np.bincount(g, centred**2) / np.maximum(n - 1, 1)
+        advantages = centred / (np.sqrt(variance)[g] + eps)
+    elif kind == "centred":
+        advantages = centred
+    elif kind == "leave-one-out":
+        advantages = centred * (n / np.maximum(n - 1, 1))[g]
+    else:
+        raise ValueError(f"kind {kind!r} must be scaled, centred or leave-one-out")
     # Three rewards of 0.1 have a mean that is not quite 0.1: silence is decided on the rewards.
     first = np.zeros(len(n))
     first[g] = rewards
@@ -60,73 +76,97 @@ def group_advantages(rewards, group, eps: float = 1e-6, clip: float = 5.0) -> np
 # --------------------------------------------------------------------------------- log-probabilities
 
 
-def token_logprobs(model, rollouts: Sequence, temperature: float = 1.0) -> torch.Tensor:
+def token_logprobs(
+    model,
+    rollouts: Sequence,
+    temperature: float = 1.0,
+    share_prompts: bool = True,
+    bfloat16: bool | None = None,
+) -> torch.Tensor:
     """log pi(token | prompt, tokens before it) of every response token.
 
     rollouts: R records with `group`, `prompt_ids`, `response_ids` (as sampled, never retokenised).
     Returns (N,) in float32 or better, N = total response tokens, rollout after rollout; gradients flow.
     temperature is the sampler's: the policy that took these actions was softmax(logits / temperature).
-
-    **Each prompt is computed once a group.** A group of 40 rollouts repeats its prompt 40 times. So
-    the distinct prompts run first, (G, P), their keys and values stay in the graph and are expanded
-    over the rows, and only the responses, (R, T), run on top. Gradients flow back through the
-    expansion and add up. It costs G*P + R*T tokens instead of R*(P+T).
+    share_prompts: how the same numbers are computed, see `_shared_pass` and `_plain_pass`.
+    bfloat16: matrix products in bfloat16 over float32 weights; None means on a GPU only.
 
     For models whose logits are head(hidden), as Qwen's and Llama's are; not for those that cap or
     scale them afterwards (Gemma 2, Cohere, Granite).
     """
     device = next(model.parameters()).device
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if bfloat16 is None:
+        bfloat16 = device.type == "cuda"
+    run = _shared_pass if share_prompts else _plain_pass
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        hidden, targets = run(model.get_decoder(), rollouts, device)  # (N, H), (N,)
+        return _logprobs_of(model.get_output_embeddings(), hidden, targets, temperature)  # (N,)
+
+
+def _padded(sequences: Sequence, device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask (1: a token), both (rows, longest)."""
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        where = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        ids[i, where] = torch.tensor(sequence)
+        mask[i, where] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _plain_pass(decoder, rollouts, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states that predict the response tokens, (N, H), and those tokens, (N,): one pass over
+    prompt + response. Right padding needs no mask, the causal order hides it from every real token;
+    and without a mask the attention kernel may be the fastest one."""
+    ids, mask = _padded([(*r.prompt_ids, *r.response_ids) for r in rollouts], device)  # (R, L)
+    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (R, L, H)
+    starts = torch.tensor([len(r.prompt_ids) for r in rollouts], device=device)
+    real = (torch.arange(ids.shape[1], device=device) >= starts[:, None]) & mask.bool()  # (R, L)
+    return hidden[:, :-1][real[:, 1:]], ids[real]
+
+
+def _shared_pass(decoder, rollouts, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, with **each prompt computed once a group**. A group of 40 rollouts repeats its prompt
+    40 times. So the distinct prompts run first, (G, P), their keys and values stay in the graph and
+    are expanded over the rows, and only the responses, (R, T), run on top. Gradients flow back through
+    the expansion and add up. It costs G*P + R*T tokens instead of R*(P+T)."""
     labels = list(dict.fromkeys(r.group for r in rollouts))  # distinct groups, in order of appearance
     row_of = {label: i for i, label in enumerate(labels)}
     rows = torch.tensor([row_of[r.group] for r in rollouts], device=device)  # (R,) row of its prompt
     prompt_of = {r.group: r.prompt_ids for r in rollouts}
-    prompts = [prompt_of[label] for label in labels]
     if any(tuple(r.prompt_ids) != tuple(prompt_of[r.group]) for r in rollouts):
         raise ValueError("rollouts of one group must share one prompt")
 
     # Prompts padded on the left, so that all of them end in the same column; positions start at 0.
-    P = max(map(len, prompts))
-    prompt_ids = torch.zeros(len(prompts), P, dtype=torch.long)
-    prompt_mask = torch.zeros(len(prompts), P, dtype=torch.long)
-    for i, ids in enumerate(prompts):
-        prompt_ids[i, P - len(ids) :] = torch.tensor(ids)
-        prompt_mask[i, P - len(ids) :] = 1
-    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
-    lengths = torch.tensor([len(r.response_ids) for r in rollouts], device=device)  # (R,)
-    T = int(lengths.max())
-    response_ids = torch.zeros(len(rollouts), T, dtype=torch.long)
-    for i, r in enumerate(rollouts):
-        response_ids[i, : len(r.response_ids)] = torch.tensor(r.response_ids)
-    response_ids = response_ids.to(device)
-
-    # float32 weights; on a GPU the matrix products run in bfloat16.
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    prompt_ids, prompt_mask = _padded([prompt_of[label] for label in labels], device, left=True)
+    response_ids, response_mask = _padded([r.response_ids for r in rollouts], device)
+    T = response_ids.shape[1]
+    out = decoder(
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask,
+        position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+    )
+    # The prompt's last column predicts the first response token.
+    # index_select, not x[rows]: the backward pass of the latter adds up in no fixed order.
+    hidden = out.last_hidden_state[:, -1:].index_select(0, rows)  # (R, 1, H)
+    if T > 1:
+        for layer in out.past_key_values.layers:
+            layer.keys = layer.keys.index_select(0, rows)
+            layer.values = layer.values.index_select(0, rows)
+        after = prompt_mask.sum(1, keepdim=True)[rows] + torch.arange(T - 1, device=device)
+        # Right padding needs no mask: the causal order hides it from every real token.
+        ones = torch.ones(len(rows), T - 1, dtype=torch.long, device=device)
         out = decoder(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask,
-            position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
+            input_ids=response_ids[:, :-1],
+            attention_mask=torch.cat([prompt_mask[rows], ones], dim=1),
+            position_ids=after,
+            past_key_values=out.past_key_values,
         )
-        # The prompt's last column predicts the first response token.
-        # index_select, not x[rows]: the backward pass of the latter adds up in no fixed order.
-        hidden = out.last_hidden_state[:, -1:].index_select(0, rows)  # (R, 1, H)
-        if T > 1:
-            for layer in out.past_key_values.layers:
-                layer.keys = layer.keys.index_select(0, rows)
-                layer.values = layer.values.index_select(0, rows)
-            after = prompt_mask.sum(1, keepdim=True)[rows] + torch.arange(T - 1, device=device)
-            # Right padding needs no mask: the causal order hides it from every real token.
-            ones = torch.ones(len(rows), T - 1, dtype=torch.long, device=device)
-            out = decoder(
-                input_ids=response_ids[:, :-1],
-                attention_mask=torch.cat([prompt_mask[rows], ones], dim=1),
-                position_ids=after,
-                past_key_values=out.past_key_values,
-            )
-            hidden = torch.cat([hidden, out.last_hidden_state], dim=1)  # (R, T, H)
-        real = torch.arange(T, device=device) < lengths[:, None]  # (R, T)
-        return _logprobs_of(head, hidden[real], response_ids[real], temperature)  # (N,)
+        hidden = torch.cat([hidden, out.last_hidden_state], dim=1)  # (R, T, H)
+    real = response_mask.bool()
+    return hidden[real], response_ids[real]
 
 
 def _logprobs_of(head, hidden, targets, temperature, chunk_elements=2**25) -> torch.Tensor:
@@ -158,21 +198,28 @@ def clipped_loss(
     clip_high: float = 0.28,
     dual_clip: float = 10.0,
     max_importance: float = 2.0,
+    reference_logp: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    token_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The PPO-clip policy loss, summed over these tokens and divided by a *global* token count.
 
-    logp, old_logp, advantages, sampler_logp: (N,), one a token; only logp carries a gradient.
+    logp, old_logp, advantages, sampler_logp, reference_logp, token_weight: (N,), one a token; only
+    logp carries a gradient.
     n_tokens: the tokens of the whole (mini)batch, also of those rows that are not here because their
     advantage is zero; so how a batch is cut into microbatches changes nothing.
 
         ratio  = pi_now / pi_old                                      (PPO)
         loss_t = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))     (clip-higher: DAPO)
         loss_t = min(loss_t, -A dual_clip)  where A < 0               (dual clip)
-        loss   = sum_t w_t loss_t / n_tokens,   w = min(pi_old / pi_sampler, max_importance)
+        loss_t = w_t loss_t,   w = min(pi_old / pi_sampler, max_importance)     (truncated importance)
+        loss_t = loss_t + kl_coef (r - 1 - log r),   r = pi_reference / pi_now  (k3: GRPO; off by default)
+        loss   = sum_t token_weight_t loss_t / n_tokens               (1 unless given: see `update`)
 
     w corrects for the engine that sampled (vLLM's kernels, bfloat16) being not quite the trainer's
     policy; it is a weight, so it is detached. Returns the scalar loss and sums over tokens of
-    diagnostics: clipped_low, clipped_high, kl (to the sampler: the k3 estimate r - 1 - log r).
+    diagnostics: clipped_low, clipped_high, nats (-log pi_now), kl (to the sampler, k3 again) and, with
+    a reference, kl_reference.
     """
     A = advantages
     log_ratio = logp - old_logp
@@ -181,18 +228,30 @@ def clipped_loss(
     surrogate = torch.where(A < 0, torch.minimum(surrogate, -A * dual_clip), surrogate)
     if sampler_logp is None:
         sampler_logp = old_logp
-    weight = (old_logp - sampler_logp).exp().clamp(max=max_importance).detach()
-    loss = (weight * surrogate).sum() / n_tokens
+    loss = (old_logp - sampler_logp).exp().clamp(max=max_importance).detach() * surrogate  # (N,)
+    if reference_logp is not None:
+        to_reference = _k3(reference_logp - logp)
+        loss = loss + kl_coef * to_reference
+    if token_weight is not None:
+        loss = loss * token_weight
+    loss = loss.sum() / n_tokens
 
     with torch.no_grad():
-        to_sampler = logp - sampler_logp
         sums = {
             # A clip acts only where it lowers what the step could still gain.
             "clipped_low": ((A < 0) & (ratio < 1 - clip_low)).sum().item(),
             "clipped_high": ((A > 0) & (ratio > 1 + clip_high)).sum().item(),
-            "kl": (to_sampler.exp() - 1 - to_sampler).sum().item(),
+            "nats": -logp.sum().item(),
+            "kl": _k3(logp - sampler_logp).sum().item(),
         }
+        if reference_logp is not None:
+            sums["kl_reference"] = to_reference.sum().item()
     return loss, sums
+
+
+def _k3(log_r: torch.Tensor) -> torch.Tensor:
+    """r - 1 - log r: with r = p/q and samples of q, an unbiased estimate of KL(q, p), never negative."""
+    return log_r.exp() - 1 - log_r
 
 
 # ------------------------------------------------------------------------------------------- update
@@ -208,6 +267,10 @@ def update(
     max_grad_norm: float = 1.0,
     tokens_per_microbatch: int = 16384,
     seed: int = 0,
+    normalizer: str | int = "token",
+    reference=None,
+    checkpointing: bool = False,
+    bfloat16: bool | None = None,
     **loss_settings,
 ) -> dict[str, float | None]:
     """`minibatches` optimizer steps on one batch of rollouts; old log-probs stay fixed meanwhile.
@@ -216,20 +279,37 @@ def update(
     Only rollouts that carry gradient are computed: with A = 0 a token's loss is 0 whatever the model
     says, so silent groups never run through the model. They still count in the token mean.
     Groups are dealt whole to minibatches of about equal tokens (a group on a border is cut).
+
+    normalizer: what the summed loss is divided by, with T_r the tokens of rollout r:
+        "token"       sum_r T_r: every token of the batch weighs the same         DAPO; the paper's
+        "sequence"    R, after dividing rollout r's tokens by T_r                 GRPO as first published
+        an integer L  R L, the same for every batch, say L = the length limit     Dr. GRPO
+    reference: a second model to stay close to, with kl_coef > 0; a KL is nobody's zero advantage, so
+        with it all rollouts are computed.
+    checkpointing: keep only what enters each layer and compute the rest twice: less memory, a third
+        more time. It takes the plain pass. bfloat16: see `token_logprobs`; the weights that
+        the optimizer moves are float32 either way.
     loss_settings go to `clipped_loss`.
 
-    Returns loss, grad_norm, kl, clip_low, clip_high (shares of computed tokens), skipped_tokens
-    (share not computed), steps_skipped (not finite). All but the shares are None when every group was
-    silent: nothing to learn, no step taken. FloatingPointError when every minibatch is not finite.
+    Returns loss, grad_norm, kl (to the sampler), entropy_live (mean -log pi of the computed tokens),
+    clip_low, clip_high (shares of computed tokens), kl_reference where there is one, skipped_tokens
+    (share not computed), steps_skipped: a step whose loss or gradient is not finite is not taken.
+    FloatingPointError on the third such in a row, also across calls: `optimizer` carries the count.
+    All but the last two are None when no step was taken, as when every group was silent.
     """
     advantages = np.asarray(advantages, dtype=np.float64)
     if advantages.shape != (len(rollouts),):
         raise ValueError(f"advantages {advantages.shape} must be ({len(rollouts)},), one a rollout")
+    if (reference is None) != (loss_settings.get("kl_coef", 0.0) == 0.0):
+        raise ValueError("a reference model and kl_coef > 0 go together: give both or neither")
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        # 1 + 1e-6 is 1 in bfloat16: small steps would be lost.
+        raise ValueError("load the model in float32: only the matrix products run in bfloat16")
     start = time.perf_counter()
     lengths = np.array([len(r.response_ids) for r in rollouts])
-    live = np.flatnonzero(advantages)
+    live = np.flatnonzero(advantages) if reference is None else np.arange(len(rollouts))
     total, computed = int(lengths.sum()), int(lengths[live].sum())
-    stats = dict.fromkeys(("loss", "grad_norm", "kl", "clip_low", "clip_high"))
+    stats = dict.fromkeys(("loss", "grad_norm", "kl", "entropy_live", "clip_low", "clip_high"))
     stats |= {"skipped_tokens": 1 - computed / max(1, total), "steps_skipped": 0}
     if len(live) == 0:
         return stats
@@ -244,6 +324,13 @@ def update(
     batches = [b for b in batches if len(b)]
 
     device = next(model.parameters()).device
+    share_prompts = not checkpointing and sharing_wins(rollouts, live)
+
+    def cut(batch) -> Iterator[list[int]]:
+        return microbatches(rollouts, batch, tokens_per_microbatch, share_prompts)
+
+    def logprobs(of, rows) -> torch.Tensor:  # (N,)
+        return token_logprobs(of, [rollouts[i] for i in rows], temperature, share_prompts, bfloat16)
 
     def per_token(values, rows) -> torch.Tensor:  # one value a rollout -> (N,)
         return torch.tensor(np.repeat(values[rows], lengths[rows]), dtype=torch.float32, device=device)
@@ -252,58 +339,113 @@ def update(
         flat = np.concatenate([rollouts[i].logprobs for i in rows])
         return torch.tensor(flat, dtype=torch.float32, device=device)
 
+    n_tokens, weight = total, None  # global: silent rows and other microbatches count
+    if normalizer == "sequence":
+        weight = total / len(rollouts) / np.maximum(lengths, 1)  # (R,): mean length / own length
+    elif normalizer != "token":
+        n_tokens = len(rollouts) * int(normalizer)
+
     # pi_old is the policy before the first step: for the first minibatch that is the policy itself.
     old: dict[tuple, torch.Tensor] = {}
     with torch.no_grad():
         for batch in batches[1:]:
-            for rows in microbatches(rollouts, batch, tokens_per_microbatch):
-                old[tuple(rows)] = token_logprobs(model, [rollouts[i] for i in rows], temperature)
+            for rows in cut(batch):
+                old[tuple(rows)] = logprobs(model, rows)
 
-    sums = dict.fromkeys(("loss", "clipped_low", "clipped_high", "kl"), 0.0)
-    norms = []
+    sums: dict[str, float] = defaultdict(float)  # over the tokens of the steps that were taken
+    norms, stepped = [], 0
+    first = optimizer.param_groups[0]  # what stands here is saved with the optimizer
     for batch in batches:
         optimizer.zero_grad(set_to_none=True)
-        finite = True
-        for rows in microbatches(rollouts, batch, tokens_per_microbatch):
-            logp = token_logprobs(model, [rollouts[i] for i in rows], temperature)  # (N,)
+        before = sums.copy()
+        norm = 0.0
+        for rows in cut(batch):
+            with _layers_recomputed(model, checkpointing):
+                logp = logprobs(model, rows)  # (N,)
+            kl = {}
+            if reference is not None:
+                with torch.no_grad():
+                    kl["reference_logp"] = logprobs(reference, rows)
             loss, diagnostics = clipped_loss(
                 logp,
                 old.get(tuple(rows), logp.detach()),
                 per_token(advantages, rows),
-                n_tokens=total / len(batches),  # global: silent rows and other microbatches count
+                n_tokens=n_tokens / len(batches),
                 sampler_logp=sampled(rows),
+                token_weight=None if weight is None else per_token(weight, rows),
+                **kl,
                 **loss_settings,
             )
-            finite = finite and bool(torch.isfinite(loss))
-            if not finite:
+            if not math.isfinite(loss.item()):
+                norm = math.nan
                 break
             loss.backward()
             sums["loss"] += loss.item() / len(batches)
             for name, value in diagnostics.items():
                 sums[name] += value
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        if finite and bool(torch.isfinite(norm)):
+        norm += torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+        if math.isfinite(norm):
             optimizer.step()
-            norms.append(norm.item())
-        else:
-            stats["steps_skipped"] += 1
+            norms.append(norm)
+            stepped += int(lengths[batch].sum())
+            first["skipped_in_a_row"] = 0
+            continue
+        sums = before
+        stats["steps_skipped"] += 1
+        first["skipped_in_a_row"] = first.get("skipped_in_a_row", 0) + 1
+        if first["skipped_in_a_row"] == 3:
+            optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                "the loss or its gradient was not finite three steps in a row: lower the learning rate, "
+                "and check the model's weights for NaN"
+            )
     optimizer.zero_grad(set_to_none=True)
     if not norms:
-        raise FloatingPointError(
-            "the loss or its gradient was not finite in every minibatch: lower the learning rate, "
-            "and check the model's weights for NaN"
-        )
-    return stats | {
-        "loss": sums["loss"],
+        return stats
+    stats |= {
+        "loss": sums["loss"] * len(batches) / len(norms),
         "grad_norm": float(np.mean(norms)),
-        "kl": sums["kl"] / computed,
-        "clip_low": sums["clipped_low"] / computed,
-        "clip_high": sums["clipped_high"] / computed,
+        "kl": sums["kl"] / stepped,
+        "entropy_live": sums["nats"] / stepped,
+        "clip_low": sums["clipped_low"] / stepped,
+        "clip_high": sums["clipped_high"] / stepped,
         "time_tokens_per_second": computed / (time.perf_counter() - start),
     }
+    if reference is not None:
+        stats["kl_reference"] = sums["kl_reference"] / stepped
+    return stats
 
 
-def microbatches(rollouts: Sequence, rows: np.ndarray, tokens: int) -> Iterator[list[int]]:
+@contextmanager
+def _layers_recomputed(model, on: bool):
+    """transformers' activation checkpointing, switched on for one forward pass. It asks for training
+    mode; only the layers themselves get it, so that no dropout inside them wakes up."""
+    if not on:
+        yield
+        return
+    was = {module: module.training for module in model.modules()}
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        for module in was:
+            module.training = getattr(module, "gradient_checkpointing", False)
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        for module, training in was.items():
+            module.training = training
+
+
+def sharing_wins(rollouts: Sequence, rows: np.ndarray) -> bool:
+    """Whether `_shared_pass` saves more tokens than its two passes and its attention mask cost."""
+    prompt_of = {rollouts[i].group: len(rollouts[i].prompt_ids) for i in rows}
+    repeated = sum(len(rollouts[i].prompt_ids) for i in rows)
+    plain = repeated + sum(len(rollouts[i].response_ids) for i in rows)
+    return repeated - sum(prompt_of.values()) > 0.1 * plain
+
+
+def microbatches(
+    rollouts: Sequence, rows: np.ndarray, tokens: int, share_prompts: bool = True
+) -> Iterator[list[int]]:
     """Cut `rows` (indices into rollouts) into lists of at most `tokens` padded tokens, groups together.
 
     Prompts of like length share a microbatch, and so do responses; the cost of one is what

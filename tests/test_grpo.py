@@ -82,11 +82,36 @@ def test_group_advantages_against_a_loop(kind):
         assert np.allclose(got, naive_advantages(rewards, group), atol=1e-12)
 
 
-def test_silent_and_single_groups_are_exactly_zero():
+def test_equal_groups_give_trls_advantages():
+    """Catches: another std, eps outside the denominator. TRL 1.16: rewards.view(-1, n), std of torch."""
+    rewards = torch.rand(6, 8, dtype=torch.float64)
+    want = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    got = grpo.group_advantages(rewards.flatten().numpy(), np.repeat(np.arange(6), 8), eps=1e-4)
+    assert np.allclose(got, want.flatten().numpy(), atol=1e-14)
+
+
+def test_centred_and_leave_one_out_against_loops():
+    """Catches: a division by the std that stayed, oneself among the others, group sizes mixed up."""
+    rng = np.random.default_rng(2)
+    group, rewards = rng.integers(0, 9, size=60), rng.normal(size=60)
+    group[0] = 99  # alone: no others to compare with
+    centred, others = np.zeros(60), np.zeros(60)
+    for i in range(1, 60):
+        own = [j for j in range(60) if group[j] == group[i]]
+        centred[i] = rewards[i] - np.mean(rewards[own])
+        others[i] = rewards[i] - np.mean([rewards[j] for j in own if j != i])
+    assert np.allclose(grpo.group_advantages(rewards, group, kind="centred"), centred, atol=1e-14)
+    assert np.allclose(grpo.group_advantages(rewards, group, kind="leave-one-out"), others, atol=1e-14)
+    with pytest.raises(ValueError, match="must be scaled"):
+        grpo.group_advantages(rewards, group, kind="centered")
+
+
+@pytest.mark.parametrize("kind", ["scaled", "centred", "leave-one-out"])
+def test_silent_and_single_groups_are_exactly_zero(kind):
     """Catches: rounding of the mean of 0.1, 0.1, 0.1 divided by eps, and 0/0 in a group of one."""
     rewards = np.array([0.1, 0.1, 0.1, 1.0, 0.0, 0.0, 0.7])
     group = np.array([0, 0, 0, 1, 2, 2, 3])
-    assert (grpo.group_advantages(rewards, group) == 0).all()
+    assert (grpo.group_advantages(rewards, group, kind=kind) == 0).all()
 
 
 def test_one_success_in_a_hundred_is_clipped():
@@ -106,24 +131,26 @@ def test_bad_advantage_input_is_refused(rewards, group):
 # ------------------------------------------------------------------------------------ log-probs
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_shared_prompts_give_the_plain_log_probs(model, temperature):
+@pytest.mark.parametrize("temperature, shared", [(1.0, True), (0.6, True), (0.6, False)])
+def test_both_passes_give_the_plain_log_probs(model, temperature, shared):
     """Catches: off-by-one between logits and targets, wrong positions under left padding, a row that
     reads another group's prompt, padding that leaks."""
     rollouts = make_rollouts()
     with torch.no_grad():
-        got = grpo.token_logprobs(model, rollouts, temperature)
+        got = grpo.token_logprobs(model, rollouts, temperature, shared)
         want = torch.cat([naive_logprobs(model, r, temperature) for r in rollouts])
     assert got.shape == want.shape
     assert torch.allclose(got, want, atol=1e-12)
 
 
-def test_gradients_flow_back_through_the_shared_prompt(model):
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_flow_back_through_the_prompt(model, shared):
     """Catches: a detached cache, which would train the responses' half of attention only."""
     rollouts = make_rollouts(3)
     weights = torch.randn(sum(len(r.response_ids) for r in rollouts), dtype=torch.float64)
     names, params = zip(*model.named_parameters(), strict=True)
-    got = torch.autograd.grad((grpo.token_logprobs(model, rollouts) * weights).sum(), params)
+    logp = grpo.token_logprobs(model, rollouts, share_prompts=shared)
+    got = torch.autograd.grad((logp * weights).sum(), params)
     plain = torch.cat([naive_logprobs(model, r) for r in rollouts])
     want = torch.autograd.grad((plain * weights).sum(), params)
     for name, a, b in zip(names, got, want, strict=True):
@@ -140,6 +167,32 @@ def test_chunks_of_the_vocabulary_change_nothing(model):
     assert torch.allclose(whole, cut, atol=1e-13)
     g1, g2 = (torch.autograd.grad(x.square().sum(), hidden)[0] for x in (whole, cut))
     assert torch.allclose(g1, g2, atol=1e-13)
+
+
+def test_sharing_is_chosen_where_it_saves_tokens():
+    """Catches: a shared pass for lone rollouts, or none where a long prompt is repeated."""
+
+    def batch(n, P, T):
+        return [Rollout(0, (1,) * P, (1,) * T, (0.0,) * T, "") for _ in range(n)]
+
+    for n, P, T, wins in [(8, 45, 5, True), (1, 45, 5, False), (2, 10, 13, True), (8, 100, 1000, False)]:
+        assert grpo.sharing_wins(batch(n, P, T), np.arange(n)) == wins
+
+
+def test_bfloat16_products_over_float32_weights(model):
+    """Catches: log-softmax in bfloat16 (two digits), gradients or weights that come out in bfloat16."""
+    rollouts = make_rollouts(4)
+    single = copy.deepcopy(model).float()
+    params = list(single.parameters())
+    for shared in (True, False):
+        exact, rough = (grpo.token_logprobs(single, rollouts, 1.0, shared, b) for b in (False, True))
+        assert rough.dtype == torch.float32
+        assert 0 < float((exact - rough).detach().abs().max()) < 0.3
+        flat = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(x.sum(), params)]) for x in (exact, rough)
+        ]
+        assert all(f.dtype == torch.float32 for f in flat)
+        assert float(torch.cosine_similarity(*flat, dim=0)) > 0.995
 
 
 def test_one_group_two_prompts_is_refused(model):
@@ -182,6 +235,28 @@ def test_clipped_loss_and_its_gradient_against_a_scalar_loop():
     assert sums["clipped_high"] == int(((advantages > 0) & (ratio > 1.28)).sum()) > 0
 
 
+def test_kl_to_a_reference_against_a_scalar_loop():
+    """Catches: the ratio upside down (k3 of the other direction), a KL cut off from the gradient, a KL
+    that is weighted by the importance of the sampler."""
+    torch.manual_seed(1)
+    logp = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    old, sampler, reference = ((logp + torch.randn(50)).detach() for _ in range(3))
+    advantages, weight = torch.randn(50, dtype=torch.float64), torch.rand(50, dtype=torch.float64)
+    settings = dict(sampler_logp=sampler, token_weight=weight)
+    plain, _ = grpo.clipped_loss(logp, old, advantages, 7.0, **settings)
+    loss, sums = grpo.clipped_loss(
+        logp, old, advantages, 7.0, **settings, reference_logp=reference, kl_coef=0.3
+    )
+    kl = 0.0
+    for lp, ref, w in zip(logp, reference, weight, strict=True):  # Schulman's k3, GRPO's eq. 4
+        kl = kl + w * (torch.exp(ref) / torch.exp(lp) - torch.log(torch.exp(ref) / torch.exp(lp)) - 1)
+    want = plain + 0.3 * kl / 7.0
+    assert torch.allclose(loss, want, rtol=1e-12)
+    got_grad, want_grad = (torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (loss, want))
+    assert torch.allclose(got_grad, want_grad, atol=1e-13)
+    assert sums["kl_reference"] >= 0
+
+
 # --------------------------------------------------------------------------------------- update
 
 
@@ -194,8 +269,8 @@ def step_taken(model, rollouts, advantages, **settings):
     return [(a - b).detach() for a, b in pairs], stats
 
 
-def example(seed=5):
-    rollouts = make_rollouts(seed)
+def example(seed=5, **settings):
+    rollouts = make_rollouts(seed, **settings)
     rewards = np.random.default_rng(seed).integers(0, 2, size=len(rollouts))
     group = np.array([r.group for r in rollouts])
     rewards[group == 2] = 1  # the largest group is silent
@@ -221,16 +296,84 @@ def test_update_is_the_plain_gradient_over_all_rollouts(model):
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])
-def test_microbatches_change_nothing(model, minibatches):
-    """Catches: a token mean that depends on how the batch was cut (rows alone, some, all at once)."""
+@pytest.mark.parametrize("precision, bound", [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("normalizer", ["token", "sequence", 9])
+def test_microbatches_change_nothing(model, minibatches, precision, bound, normalizer, monkeypatch):
+    """Catches: a mean that depends on how the batch was cut: 1 row at a time, 8 or all."""
+    rollouts, advantages = example(sizes=(9, 12, 6, 2, 5, 20))
+    model = copy.deepcopy(model).to(precision)
+    gradients = {}
+
+    class Recorder(torch.optim.SGD):  # keeps the gradients and moves nothing
+        def step(self):
+            gradients[size].append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+    for size in (len(rollouts), 8, 1):
+        cut = lambda _, rows, *__: (rows[i : i + size].tolist() for i in range(0, len(rows), size))  # noqa: B023, E731
+        monkeypatch.setattr(grpo, "microbatches", cut)
+        gradients[size] = []
+        settings = dict(minibatches=minibatches, normalizer=normalizer)
+        grpo.update(model, Recorder(model.parameters()), rollouts, advantages, **settings)
+    whole = torch.stack(gradients.pop(len(rollouts)))
+    assert len(whole) == minibatches and float(whole.norm()) > 0.1
+    assert 0 < float((whole - torch.stack(gradients[8])).abs().max())  # 8 is a cut, not all
+    for cut in gradients.values():
+        assert float((whole - torch.stack(cut)).abs().max()) < bound
+
+
+@pytest.mark.parametrize("normalizer", ["sequence", 9])
+def test_other_normalizers_against_their_formulas(model, normalizer):
+    """Catches: a sequence mean over the wrong rows (silent ones count), a constant that is not one."""
     rollouts, advantages = example()
-    whole, _ = step_taken(model, rollouts, advantages, minibatches=minibatches)
-    for tokens in (1, 60):
-        cut, _ = step_taken(
-            model, rollouts, advantages, minibatches=minibatches, tokens_per_microbatch=tokens
-        )
-        for a, b in zip(whole, cut, strict=True):
-            assert torch.allclose(a, b, atol=1e-10)
+    loss = 0.0
+    for r, a in zip(rollouts, advantages, strict=True):
+        logp = naive_logprobs(model, r)
+        weight = (logp.detach() - torch.tensor(r.logprobs)).exp().clamp(max=2.0)
+        T = len(r.response_ids) if normalizer == "sequence" else 9
+        loss = loss - (weight * a * (logp - logp.detach()).exp()).sum() / T / len(rollouts)
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    got, stats = step_taken(model, rollouts, advantages, normalizer=normalizer)
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert stats["loss"] == pytest.approx(float(loss.detach()), abs=1e-6)
+
+
+def test_with_a_reference_silent_rollouts_are_computed(model):
+    """Catches: a KL over the mixed groups only, a reference that is trained or is the policy itself."""
+    rollouts, advantages = example()
+    torch.manual_seed(3)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p += 0.05 * torch.randn_like(p)
+    total = sum(len(r.response_ids) for r in rollouts)
+    want, _ = step_taken(model, rollouts, advantages)
+    kl = 0.0
+    for r in rollouts:
+        log_r = naive_logprobs(reference, r).detach() - naive_logprobs(model, r)
+        kl = kl + 0.5 * (log_r.exp() - 1 - log_r).sum() / total
+    kl_gradient = torch.autograd.grad(kl, list(model.parameters()))
+    got, stats = step_taken(model, rollouts, advantages, reference=reference, kl_coef=0.5)
+    for a, b, c in zip(got, want, kl_gradient, strict=True):
+        assert torch.allclose(a, b + c, atol=1e-6)
+    assert stats["skipped_tokens"] == 0
+    assert stats["kl_reference"] == pytest.approx(float(kl.detach()) / 0.5, rel=1e-5)
+    with pytest.raises(ValueError, match="go together"):
+        grpo.update(model, None, rollouts, advantages, reference=reference)
+
+
+def test_checkpointing_computes_twice_and_changes_nothing(model):
+    """Catches: a flag that does nothing, and one that leaves the model in training mode."""
+    rollouts, advantages = example()
+    plain, _ = step_taken(model, rollouts, advantages)
+    copied, calls = copy.deepcopy(model), []
+    copied.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    optimizer = torch.optim.SGD(copied.parameters(), lr=1.0)
+    grpo.update(copied, optimizer, rollouts, advantages, max_grad_norm=1e9, checkpointing=True)
+    assert len(calls) == 2
+    for a, b, c in zip(model.parameters(), copied.parameters(), plain, strict=True):
+        assert torch.allclose(a - b, c, atol=1e-10)
+    assert not any(m.training for m in copied.modules()) and not copied.is_gradient_checkpointing
 
 
 def test_several_minibatches_are_steps_on_one_old_policy(model):
@@ -242,8 +385,8 @@ def test_several_minibatches_are_steps_on_one_old_policy(model):
     seen = []
     real = grpo.microbatches
 
-    def spy(records, rows, tokens):
-        for batch in real(records, rows, tokens):
+    def spy(records, rows, *settings):
+        for batch in real(records, rows, *settings):
             seen.append(batch)
             yield batch
 
@@ -296,18 +439,50 @@ def test_all_silent_takes_no_step(model):
     assert stats["loss"] is None and stats["skipped_tokens"] == 1
 
 
-def test_not_finite_is_an_error_and_no_step(model):
-    """Catches: NaN written into the weights by an optimizer step nobody looked at."""
+def test_not_finite_three_times_in_a_row_stops(model):
+    """Catches: NaN written into the weights, a run that goes on with them, a count that starts again
+    with every call or every resumed run."""
     rollouts, advantages = example()
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     before = copy.deepcopy(broken.state_dict())
     optimizer = torch.optim.SGD(broken.parameters(), lr=1.0)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        grpo.update(broken, optimizer, rollouts, advantages, minibatches=2)
+    stats = grpo.update(broken, optimizer, rollouts, advantages, minibatches=2)
+    assert stats["steps_skipped"] == 2 and stats["loss"] is None
+    resumed = torch.optim.SGD(broken.parameters(), lr=1.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.raises(FloatingPointError, match="three steps in a row"):
+        grpo.update(broken, resumed, rollouts, advantages, minibatches=2)
     for name, value in broken.state_dict().items():
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+
+
+def test_one_step_that_is_not_finite_is_left_out(model):
+    """Catches: a skipped step in the means of the stats, a count that a good step does not end, an
+    infinite gradient behind a finite loss that is clipped to NaN and applied."""
+    rollouts, advantages = example()
+    trained = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    huge = advantages.copy()
+    huge[np.flatnonzero(advantages)[0]] = np.inf
+    for _ in range(4):
+        stats = grpo.update(trained, optimizer, rollouts, huge, minibatches=2)
+        assert stats["steps_skipped"] == 1
+        assert all(np.isfinite(v) for v in stats.values())
+        grpo.update(trained, optimizer, rollouts, advantages)
+    before = copy.deepcopy(trained.state_dict())
+    trained.lm_head.weight.register_hook(lambda g: g * torch.inf)
+    stats = grpo.update(trained, optimizer, rollouts, advantages)
+    assert stats["steps_skipped"] == 1 and stats["grad_norm"] is None
+    assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
+
+
+def test_bfloat16_weights_are_refused(model):
+    """Catches: steps of 1e-6 that vanish when they are added to bfloat16 weights."""
+    rollouts, advantages = example()
+    with pytest.raises(ValueError, match="float32"):
+        grpo.update(copy.deepcopy(model).bfloat16(), None, rollouts, advantages)
 
 
 def test_update_raises_what_was_rewarded(model):
