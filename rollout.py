@@ -250,9 +250,15 @@ class VLLMSampler:
         self.gpu = torch.cuda.is_available()
         device_settings = (
             dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
-            # Prefix sharing works on full blocks, so short prompts need short ones.
             if self.gpu
-            else dict(block_size=32, enforce_eager=True, kv_cache_memory_bytes=2**30)
+            # Prefix sharing works on full blocks, so short prompts need short ones; whole prompts only,
+            # because after half a prompt vLLM rewinds the request's generator, which a CPU's cannot.
+            else dict(
+                block_size=32,
+                enforce_eager=True,
+                kv_cache_memory_bytes=2**30,
+                enable_chunked_prefill=False,
+            )
         )
         self.llm = LLM(
             model=path,

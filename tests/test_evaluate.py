@@ -1,9 +1,13 @@
 """evaluate.py: the estimator against exact fractions, the command line on the embedded model."""
 
+import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from itertools import combinations
 from math import comb
 from pathlib import Path
 
@@ -11,6 +15,8 @@ import numpy as np
 import pytest
 
 import evaluate
+from reward import Verifier, score
+from rollout import Rollout
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,14 +71,246 @@ def test_held_out_problems_are_those_train_holds_out():
     assert len(held_out) == 256
 
 
+def test_measures_against_counting():
+    """Catches: a measure that mixes up samples and problems, and shares that do not add up."""
+    rng = np.random.default_rng(0)
+    right = (rng.random((50, 6)) < rng.random((50, 1))).astype(float)
+    right[0], right[1] = 0, 1
+    tokens, finished = rng.integers(1, 9, (50, 6)), rng.random((50, 6)) < 0.7
+    got = {name: x.mean() for name, x in evaluate.measures(right, tokens, finished).items()}
+    assert list(got)[:5] == ["avg@6", "pass@1", "pass@2", "pass@4", "pass@6"]
+    for k in (1, 2, 4, 6):
+        subsets = [np.any([row[list(s)] for s in combinations(range(6), k)], 1).mean() for row in right]
+        assert got[f"pass@{k}"] == pytest.approx(np.mean(subsets))
+    assert got["avg@6"] == pytest.approx(right.mean())
+    always = sum(row.all() for row in right) / 50
+    never = sum(not row.any() for row in right) / 50
+    assert (got["always_solved"], got["never_solved"]) == pytest.approx((always, never))
+    assert got["sometimes_solved"] == pytest.approx(1 - always - never)
+    assert got["tokens"] == pytest.approx(tokens.mean())
+    assert got["truncated"] == pytest.approx(np.mean(~finished))
+
+
+def test_difference_is_paired():
+    """Catches: an interval of two independent samples, far too wide where problems differ a lot."""
+    rng = np.random.default_rng(0)
+    hard = rng.random(300)
+    better = hard + 0.02 + 0.01 * rng.standard_normal(300)
+    d = evaluate.difference({"avg@4": better}, {"avg@4": hard})["avg@4"]
+    half = 1.96 * (better - hard).std(ddof=1) / np.sqrt(300)
+    assert d["mean"] == pytest.approx((better - hard).mean())
+    assert d["low"] == pytest.approx(d["mean"] - half, abs=0.2 * half)
+    assert d["high"] == pytest.approx(d["mean"] + half, abs=0.2 * half)
+
+
+# ---------------------------------------------------------------------------------- command line
+
+QUICK = ["--samples", "4", "--temperature", "1", "--max-new-tokens", "40"]
+
+
+def run(out, *flags):
+    """evaluate.main in this process -> what it wrote to --out."""
+    evaluate.main([*QUICK, *flags, "--out", str(out)])
+    return json.loads(out.read_text())
+
+
+def fail(capsys, *flags) -> str:
+    """The one line that evaluate.main ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*QUICK, *flags])
+    assert str(stopped.value.code).startswith("evaluate.py: error: ")
+    assert "\n" not in str(stopped.value.code)
+    return str(stopped.value.code)
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """A folder with the embedded model, its output layer perturbed: a worse model, same tokenizer."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("noisy")
+    model, tokenizer = evaluate.load_model(evaluate.resolve_model("tiny"))
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding += 0.05 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def test_command_line(tmp_path):
+    """The real one, with what it prints and writes."""
     out = tmp_path / "scores.json"
-    command = [sys.executable, "evaluate.py", "--samples", "4", "--held-out", "256", "--limit", "40"]
-    command += ["--temperature", "1", "--max-new-tokens", "40", "--out", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    scores = json.loads(out.read_text())
+    command = [sys.executable, "evaluate.py", *QUICK, "--held-out", "256", "--limit", "40"]
+    done = subprocess.run(
+        [*command, "--out", str(out)], cwd=ROOT, check=True, capture_output=True, text=True, timeout=300
+    )
+    record = json.loads(out.read_text())
+    (result,) = record["results"]
+    scores = {name: x["mean"] for name, x in result["scores"].items()}
     assert 0.1 < scores["avg@4"] < 0.6  # the untrained embedded model
     assert scores["avg@4"] == pytest.approx(scores["pass@1"])
     assert scores["pass@1"] < scores["pass@2"] < scores["pass@4"]
     assert scores["pass@4"] == pytest.approx(1 - scores["never_solved"])
-    assert 0 < scores["avg@4_se"] < 0.2
+    assert all(0 < result["scores"][name]["se"] < 0.2 for name in ("avg@4", "pass@4", "never_solved"))
+    assert f"avg@4                      {scores['avg@4']:.3f} ± " in done.stdout
+    assert "first prompt: '" in done.stdout and "40/40" in done.stderr
+    assert record["settings"] == {
+        "samples": 4, "temperature": 1.0, "max_new_tokens": 40, "seed": 0, "engine": "hf", "chat": False,
+        "instruction": None, "held_out": 256, "limit": 40,
+    }  # fmt: skip
+    assert record["command"].startswith("python evaluate.py --samples 4 ")
+    assert {"python", "torch", "transformers", "math-verify", "device"} <= record["versions"].keys()
+
+    lines = (tmp_path / "scores.completions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    assert len({row["id"] for row in rows}) == len(rows) == 40
+    right = [c["right"] for row in rows for c in row["completions"]]
+    assert np.mean(right) == pytest.approx(scores["avg@4"]) and len(right) == 160
+    for c in rows[0]["completions"]:
+        assert score(c["text"], rows[0]["answer"]) == c["right"]
+
+
+def test_continues_where_it_stopped(tmp_path, monkeypatch):
+    """Torn in the second of three batches: the rest must come out as if nothing had happened."""
+    out, record = tmp_path / "a.json", tmp_path / "a.completions.jsonl"
+    whole = run(out, "--limit", "70")
+    lines = record.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 71
+    record.write_bytes(b"".join(lines[:45]) + lines[45][:30])
+    out.unlink()
+    sampled = []
+    real = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a: sampled.append(len(a[1])) or real(*a))
+    assert run(out, "--limit", "70") == whole
+    assert record.read_bytes() == b"".join(lines)
+    assert sampled == [32, 6]
+    # All there: no model is loaded; and more problems go on from those.
+    monkeypatch.setattr(evaluate, "open_sampler", None)
+    assert run(out, "--limit", "70") == whole
+    assert run(out, "--limit", "30")["results"][0]["problems"] == 30
+
+
+def test_several_models_and_tasks(tmp_path, noisy):
+    """Each pair has its scores; a later model its paired difference from the first; one call or two."""
+    rows = [{"prompt": f"{i % 9 + 1}+{i // 9 + 1}=", "answer": str(i % 9 + i // 9 + 2)} for i in range(40)]
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--tasks", "arithmetic", str(sums), "--limit", "40"]
+    got = run(tmp_path / "both.json", "--model", "tiny", str(noisy), *flags)["results"]
+    assert [(r["model"], r["tasks"]) for r in got] == [
+        (m, t) for t in ("arithmetic", str(sums)) for m in ("tiny", str(noisy))
+    ]
+    for first, second in (got[:2], got[2:]):
+        assert "minus_first" not in first
+        for name, d in second["minus_first"].items():
+            assert d["mean"] == pytest.approx(second["scores"][name]["mean"] - first["scores"][name]["mean"])
+            assert d["low"] <= d["mean"] <= d["high"]
+    assert got[1]["minus_first"]["avg@4"]["high"] < 0  # noise does not help
+    assert got[0]["weights"] != got[1]["weights"]
+    alone = run(tmp_path / "alone.json", "--model", str(noisy), "--tasks", str(sums))["results"]
+    assert alone[0]["scores"] == got[3]["scores"]
+
+
+def test_changed_weights_are_sampled_anew(tmp_path, noisy):
+    """Catches: completions of the old weights counted for the new ones under the same name."""
+    folder = tmp_path / "model"
+    shutil.copytree(evaluate.resolve_model("tiny"), folder)
+    before = run(tmp_path / "a.json", "--model", str(folder), "--limit", "20")["results"][0]
+    shutil.copy(noisy / "model.safetensors", folder)
+    after = run(tmp_path / "a.json", "--model", str(folder), "--limit", "20")["results"][0]
+    assert after["scores"] != before["scores"] and after["weights"] != before["weights"]
+    assert (
+        after["scores"]
+        == run(tmp_path / "b.json", "--model", str(noisy), "--limit", "20")["results"][0]["scores"]
+    )
+
+
+def test_no_verdict_is_reported(tmp_path, monkeypatch, capsys):
+    """Catches: a time-out that looks like a wrong answer."""
+
+    class Stub:
+        def sample(self, prompts, counts, seed):
+            texts = [r"\boxed{9^{9^{9^9}}}", "49", "50", ""]
+            return [Rollout(i, tuple(p), (1,), (0.0,), t) for i, p in enumerate(prompts) for t in texts]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(evaluate, "open_sampler", lambda *_: Stub())
+    monkeypatch.setattr(evaluate, "Verifier", lambda workers: Verifier(workers, timeout=1))
+    (result,) = run(tmp_path / "a.json", "--limit", "1")["results"]
+    assert result["no_verdict"] == 1 and result["scores"]["avg@4"]["mean"] == 0.25
+    assert re.search(r"^no verdict +1$", capsys.readouterr().out, re.M)
+    row = json.loads((tmp_path / "a.completions.jsonl").read_text().splitlines()[1])
+    assert [c["right"] for c in row["completions"]] == [None, False, True, False]
+    assert run(tmp_path / "a.json", "--limit", "1")["results"] == [result]  # and still so when read back
+
+
+FAULTS = {
+    "samples": (["--samples", "0"], "--samples 0: must be above 0"),
+    "temperature": (["--temperature", "nan"], "--temperature nan: must be above 0"),
+    "limit": (["--limit", "-1"], "--limit -1: must be above 0"),
+    "held out": (["--held-out", "1280"], "hold out fewer"),
+    "seed": (["--seed", "-1"], "--seed -1: must not be negative"),
+    "model": (["--model", "tiny", "no-such-model"], "no-such-model"),
+    "tasks": (["--tasks", "arithmetic", "absent.jsonl"], "absent.jsonl"),
+    "chat": (["--chat"], "no chat template"),
+    "context": (["--max-new-tokens", "250"], "has room for 236: lower --max-new-tokens"),
+    "out": (["--out", "/no/such/folder/a.json"], "folder that exists"),
+    "out's name": (["--out", "scores.txt"], ".json file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_input_is_one_line_and_costs_nothing(fault, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", None)  # no weights are loaded
+    flags, message = FAULTS[fault]
+    assert message in fail(capsys, *flags)
+
+
+def test_records_that_do_not_fit(tmp_path, capsys):
+    """Catches: completions of other settings, or somebody else's file, taken for this run's."""
+    out, record = tmp_path / "a.json", tmp_path / "a.completions.jsonl"
+    run(out, "--limit", "2")
+    message = fail(capsys, "--limit", "2", "--seed", "1", "--out", str(out))
+    assert "was made with seed 0, not 1: give that, or another --out" in message
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text(lines[0] + "{}\n" + lines[1])
+    assert "a.completions.jsonl, line 2: not a line of" in fail(capsys, "--out", str(out))
+    record.unlink()
+    assert "without its completions" in fail(capsys, "--out", str(out))
+
+
+def test_damaged_weights_are_one_line(tmp_path, capsys):
+    shutil.copytree(evaluate.resolve_model("tiny"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"damaged")
+    assert "cannot be loaded" in fail(capsys, "--model", str(tmp_path / "model"))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert "no weights there" in fail(capsys, "--model", str(tmp_path / "model"))
+
+
+def test_a_wrong_flag_answers_before_torch_is_imported():
+    code = (
+        "import sys, evaluate\ntry: evaluate.main(['--samples', '0'])\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "False\n")
+    assert done.stderr == "evaluate.py: error: --samples 0: must be above 0\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+def test_vllm_agrees_with_transformers(tmp_path, noisy):
+    """Two engines one after the other in one process, prompts longer together than vLLM takes at a time."""
+    rng = np.random.default_rng(0)
+    digits = rng.integers(1, 10, (64, 90))
+    rows = [{"prompt": "+".join(map(str, d)) + "=", "answer": str(d.sum())} for d in digits]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", "tiny", str(noisy), "--tasks", "arithmetic", str(tmp_path / "long.jsonl")]
+    flags += ["--limit", "64"]
+    ours = run(tmp_path / "hf.json", *flags, "--engine", "hf")["results"]
+    theirs = run(tmp_path / "vllm.json", *flags, "--engine", "vllm")["results"]
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("avg@4", "tokens"):
+            x, y = a["scores"][name], b["scores"][name]
+            assert abs(x["mean"] - y["mean"]) <= 4 * np.hypot(x["se"], y["se"]), (a["model"], name)
