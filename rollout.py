@@ -226,9 +226,31 @@ class VLLMSampler:
     """Samples with vLLM's engine, in this process, and loads the trainer's weights after each update.
 
     path: the model's folder or hub id (the first weights); gpu_memory: the share of the GPU's memory
-    that the engine may take while it is awake. On a GPU, `sleep()` before the update hands it back to
-    the trainer and `sync(model)` wakes the engine with the new weights: generate -> sleep -> update
-    -> sync. Build it before the trainer's model. On vLLM's CPU build sleep does nothing.
+    that the engine may take while it is awake; dtype: the engine's, bfloat16 on a GPU and float32 on
+    vLLM's CPU build unless given. max_prompt_tokens + max_new_tokens is the longest row it makes room for.
+
+    **One GPU, two tenants.** sample -> sleep() -> update -> sync(model): sleep drops the engine's weights
+    and its key/value cache, sync wakes it with the new weights. Build it before the trainer's model moves
+    to the GPU: it measures what is free. Without a GPU sleep does nothing.
+
+    For Qwen2.5-Math-1.5B (1.54e9 parameters; 28 layers x 2 key/value heads x 128), in GB:
+
+        trainer, always       float32 weights 6.2 + AdamW's two moments 12.3                        = 18.5
+        while sampling        + bfloat16 weights 3.1 + 28 KiB of key/value cache for each token in
+                                flight: 512 rows of 1324 tokens 19.4 + graphs and buffers, about 3  = 44
+        while updating        + gradients 6.2 + bfloat16 copies of the weights 3.1 + activations of
+                                one microbatch (grpo.py) + what a sleeping engine keeps, about 1.5  = 29 +
+
+    On 80 GB the default gpu_memory = 0.4 (32 GB) holds the whole batch at once, and 50 GB remain for
+    activations. On 24 GB it does not fit, whoever samples: weights, moments and gradients alone are 24.7.
+    What would: a 0.5B model (0.49e9 x 16 bytes = 7.9, gpu_memory 0.3, --tokens-per-microbatch 2048), or an
+    8-bit optimizer and gradients in bfloat16 (6.2 + 3.1 + 3.1 = 12.4), which are not here. A key/value cache
+    too small for the batch costs time, not correctness: vLLM queues rows.
+
+    **Weights that cannot go stale.** PyTorch counts the in-place changes of every parameter; `sync` notes
+    the count and `sample` refuses to run when it has moved on. After loading, `sync` reads columns of the
+    engine's weights back and compares them with the trainer's, and insists on an empty prefix cache.
+    (In place means by an optimizer or under no_grad: a write through `.data` is not counted.)
     """
 
     def __init__(
@@ -239,7 +261,7 @@ class VLLMSampler:
         temperature: float = 1.0,
         max_prompt_tokens: int = 2048,
         gpu_memory: float = 0.4,
-        dtype: str = "auto",
+        dtype: str | None = None,
         trust_remote_code: bool = False,
     ):
         # One process, and quiet: both are read when vLLM is imported.
@@ -262,24 +284,29 @@ class VLLMSampler:
         )
         self.llm = LLM(
             model=path,
-            dtype=dtype if self.gpu else "float32",
+            dtype=dtype or ("bfloat16" if self.gpu else "float32"),
             max_model_len=max_prompt_tokens + max_new_tokens,
             logprobs_mode="processed_logprobs",  # after temperature: what was sampled from
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             trust_remote_code=trust_remote_code,
             **device_settings,
         )
-        self.tokenizer, self.max_new_tokens, self.temperature = (
-            tokenizer,
-            max_new_tokens,
-            temperature,
-        )
+        self.tokenizer, self.max_new_tokens, self.temperature = tokenizer, max_new_tokens, temperature
         self.asleep = False
+        self.model, self.version = None, 0  # the trainer's model and its count at the last sync
 
     def sample(self, prompts: Sequence[Sequence[int]], counts, seed: int) -> list[Rollout]:
-        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records."""
+        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records.
+
+        RuntimeError when the trainer's weights have changed since the last sync, or while asleep.
+        """
         from vllm import SamplingParams, TokensPrompt
 
+        if self.asleep:
+            raise RuntimeError("the engine is asleep and has no weights: call sync(model) first")
+        if self.model is not None and weights_version(self.model) != self.version:
+            raise RuntimeError("the model has changed since the last sync(model): call it after each update")
         counts = _check(prompts, counts)
         asked = [i for i in range(len(prompts)) if counts[i] > 0]  # vLLM refuses n = 0
         seeds = request_seeds(prompts, seed)
@@ -303,12 +330,12 @@ class VLLMSampler:
             raise
         rollouts = []
         for i, output in zip(asked, outputs, strict=True):
+            prompt = tuple(prompts[i])
             for child in sorted(output.outputs, key=lambda o: o.index):
                 ids = tuple(child.token_ids)
                 logps = tuple(step[t].logprob for step, t in zip(child.logprobs, ids, strict=True))
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                finished = child.finish_reason == "stop"
-                rollouts.append(Rollout(i, tuple(prompts[i]), ids, logps, text, finished))
+                rollouts.append(Rollout(i, prompt, ids, logps, text, child.finish_reason == "stop"))
         return rollouts
 
     def sleep(self) -> None:
@@ -318,26 +345,87 @@ class VLLMSampler:
             self.asleep = True
 
     def sync(self, model) -> None:
-        """Load the trainer's weights; the prefix cache, computed with the old ones, is emptied.
+        """Load the trainer's weights (any float dtype); the prefix cache, made with the old ones, is emptied.
 
-        state_dict(), not named_parameters(): with tied embeddings the latter has no lm_head.weight,
-        and vLLM would go on sampling from the old head without an error.
+        RuntimeError when the engine does not hold them afterwards.
         """
         if self.asleep:
             torch.cuda.empty_cache()
             self.llm.wake_up(["weights"])
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())}
-        )
+        # state_dict(), not named_parameters(): with tied embeddings the latter has no lm_head.weight,
+        # and vLLM would go on sampling from the old head without an error.
+        state = model.state_dict()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state.items())})
         if self.asleep:
             self.llm.wake_up(["kv_cache"])
             self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache: requests are still running")
+        version = weights_version(model)
+        for name, (got, want) in self._read_back(model, column=version).items():
+            if not torch.equal(got, want):
+                raise RuntimeError(
+                    f"after the sync vLLM's {name} is not the trainer's: weights were lost on the way"
+                )
+        self.model, self.version = model, version
+
+    def _read_back(self, model, column: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """{layer: (the engine's, the trainer's)}: one column of each matrix in the first and last block and
+        of the head, and every norm.
+
+        vLLM fuses matrices, and its CPU build keeps them in a packed form that cannot be read. So a unit
+        vector goes through the layer: what comes out is the column, exactly, in whatever form it is kept.
+        """
+        state = {**model.state_dict(), "lm_head.weight": model.get_output_embeddings().weight}
+        last = model.config.num_hidden_layers - 1
+        matrices = {"lm_head": ["lm_head"]}  # the engine's layer: the trainer's
+        for block in (f"model.layers.{i}." for i in sorted({0, last})):
+            for fused, parts in FUSED.items():
+                names = [f"{block}{fused.rpartition('.')[0]}.{part}" for part in parts]
+                if all(f"{name}.weight" in state for name in names):
+                    matrices[block + fused] = names
+
+        def read(engine) -> dict[str, torch.Tensor]:
+            parameters = dict(engine.named_parameters())
+            like = next(p for p in parameters.values() if p.numel())
+            norms = [n for n in parameters if n.endswith("norm.weight") and n in state]
+            found = {n: parameters[n].detach().cpu() for n in norms}
+            for name in matrices:
+                layer = engine.get_submodule(name)
+                width = state[matrices[name][0] + ".weight"].shape[1]
+                unit = torch.zeros(1, width, dtype=like.dtype, device=like.device)
+                unit[0, column % width] = 1
+                found[name] = layer.quant_method.apply(layer, unit, bias=None)[0].detach().cpu()
+            return found
+
+        pairs = {}
+        for name, got in self.llm.apply_model(read)[0].items():
+            if name in matrices:
+                parts = [state[part + ".weight"] for part in matrices[name]]
+                want = torch.cat([part[:, column % part.shape[1]] for part in parts])
+                got = got[: len(want)]  # the vocabulary is padded
+            else:
+                want = state[name]
+            pairs[name] = (got, want.detach().to("cpu", got.dtype))
+        return pairs
 
     def close(self) -> None:
         """Shut the engine down."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+# The layers that Llama's, Qwen's and their like have in vLLM, and the trainer's that each is made of.
+FUSED = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "self_attn.o_proj": ("o_proj",),
+    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+    "mlp.down_proj": ("down_proj",),
+}
+
+
+def weights_version(model) -> int:
+    """How often the weights have been changed in place: autograd's own count, summed."""
+    return sum(p._version for p in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------- choice

@@ -203,8 +203,8 @@ def set_up(c: Config, out: Path, tasks: list) -> tuple:
             path, tokenizer, c.max_new_tokens, c.temperature, longest, c.gpu_memory,
             trust_remote_code=c.trust_remote_code,
         )  # fmt: skip
-        sampler.sync(model)  # the trainer's weights, which a checkpoint may have changed
         model.to(evaluate.device())  # only now: the engine measures how much memory is free
+        sampler.sync(model)  # the trainer's weights, which a checkpoint may have changed
     else:
         model.to(evaluate.device())
         sampler = rollout.HFSampler(model, tokenizer, c.max_new_tokens, c.temperature)
