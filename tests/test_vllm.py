@@ -1,0 +1,264 @@
+"""rollout.VLLMSampler on the real engine: vLLM's CPU build, the embedded model. How to run: README."""
+
+import copy
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_rollout import COUNTS, TEXTS, TINY, check_records, same_tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo
+import rollout
+import train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded):
+    return rollout.encode_prompts(loaded[1], TEXTS)
+
+
+LONG = "+".join("123456789" * 3) + "="  # 54 tokens: more than one block of vLLM's prefix cache
+
+
+@pytest.fixture(scope="module")
+def engine(loaded):
+    sampler = rollout.VLLMSampler(str(TINY), loaded[1], max_new_tokens=30, max_prompt_tokens=64)
+    yield sampler
+    sampler.close()
+
+
+@pytest.fixture
+def changed(loaded):
+    """Other weights: the shipped ones and noise."""
+    model = copy.deepcopy(loaded[0])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def gap(model, rollouts, temperature=1.0):
+    """|trainer's - sampler's log-prob| of every token."""
+    with torch.no_grad():
+        ours = grpo.token_logprobs(model, rollouts, temperature).numpy()
+    return np.abs(ours - np.concatenate([r.logprobs for r in rollouts]))
+
+
+def trips_the_canary(model, rollouts):
+    try:
+        train.canary(model, rollouts, train.Config(), grpo.token_logprobs)
+    except train.RunStopped as stopped:
+        return "it samples from other weights" in str(stopped)
+    return False
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_vllm_records_and_logprobs(engine, loaded, prompts, temperature, monkeypatch):
+    """The same contract as the other sampler's, and the canary's gap: its log-probs are the model's."""
+    monkeypatch.setattr(engine, "temperature", temperature)
+    rollouts = engine.sample(prompts, COUNTS, seed=1)
+    check_records(rollouts, prompts, COUNTS, loaded[1], 30)
+    assert gap(loaded[0], rollouts, temperature).max() < 1e-4
+    assert same_tokens(rollouts, engine.sample(prompts, COUNTS, seed=1))
+    assert not same_tokens(rollouts, engine.sample(prompts, COUNTS, seed=2))
+
+
+def test_vllm_groups_do_not_depend_on_their_place_in_the_batch(engine, prompts):
+    """Catches: seeds by position. Rounding differs with the batch, so a token may differ; not a group."""
+    once = engine.sample(prompts, COUNTS, seed=4)
+    turned = sorted(engine.sample(prompts[::-1], COUNTS[::-1], seed=4), key=lambda r: -r.group)
+    same = [a.response_ids == b.response_ids for a, b in zip(once, turned, strict=True)]
+    assert np.mean(same) >= 0.8
+    twice = engine.sample([prompts[2], prompts[2]], [4, 4], seed=6)
+    assert [r.response_ids for r in twice[:4]] != [r.response_ids for r in twice[4:]]
+
+
+def test_vllm_takes_large_ragged_groups(engine, prompts, loaded):
+    counts = [128, 0, 2, 37, 1]
+    check_records(engine.sample(prompts, counts, seed=3), prompts, counts, loaded[1], 30)
+
+
+def test_vllm_follows_the_trainers_weights(engine, loaded, prompts, changed):
+    """Catches: weights, the tied head, or a prefix cache that stay what they were after an update."""
+    prompts = [*prompts, *rollout.encode_prompts(loaded[1], [LONG])]
+    counts = [*COUNTS, 4]
+    engine.sample(prompts, counts, seed=1)  # fills the prefix cache with the old weights
+    engine.sync(changed)
+    rollouts = engine.sample(prompts, counts, seed=1)
+    assert gap(changed, rollouts).max() < 1e-4 < 0.05 < gap(loaded[0], rollouts).mean()
+    assert not trips_the_canary(changed, rollouts) and trips_the_canary(loaded[0], rollouts)
+    engine.sync(loaded[0])
+
+
+def test_trap_a_head_left_behind(engine, loaded, prompts, changed, monkeypatch):
+    """named_parameters() of a tied model has no lm_head.weight; vLLM then keeps its old head, silently."""
+    monkeypatch.setattr(changed, "state_dict", lambda: dict(changed.named_parameters()))
+    with pytest.raises(RuntimeError, match="vLLM's lm_head is not the trainer's"):
+        engine.sync(changed)
+    monkeypatch.setattr(engine, "_read_back", lambda model, column: {})  # nobody looks:
+    engine.sync(changed)
+    assert trips_the_canary(changed, engine.sample(prompts, COUNTS, seed=1))  # the canary does
+    monkeypatch.undo()
+    engine.sync(loaded[0])
+
+
+def test_trap_a_prefix_cache_that_was_not_emptied(engine, loaded, changed, monkeypatch):
+    prompts = rollout.encode_prompts(loaded[1], [LONG])
+    engine.sample(prompts, [4], seed=1)
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="did not empty its prefix cache"):
+        engine.sync(changed)
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: True)  # says so and does nothing
+    engine.sync(changed)
+    assert trips_the_canary(changed, engine.sample(prompts, [8], seed=1))
+    monkeypatch.undo()
+    engine.sync(changed)
+    assert not trips_the_canary(changed, engine.sample(prompts, [8], seed=1))
+    engine.sync(loaded[0])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_trap_a_skipped_sync(engine, loaded, prompts, fused):
+    """One AdamW step of lr 1e-7 moves no log-prob that a canary could see, and autograd's count of changes
+    does not notice the fused optimizer; the fingerprint does."""
+    model = copy.deepcopy(loaded[0])
+    engine.sync(model)
+    rollouts = engine.sample(prompts, COUNTS, seed=1)
+    grpo.token_logprobs(model, rollouts).sum().backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-7, fused=fused).step()
+    with pytest.raises(RuntimeError, match="has changed since the last sync"):
+        engine.sample(prompts, COUNTS, seed=1)
+    assert not trips_the_canary(model, rollouts)
+    engine.sync(model)
+    assert len(engine.sample(prompts, COUNTS, seed=1)) == sum(COUNTS)
+    engine.sync(loaded[0])
+
+
+def test_read_back_covers_every_kind_of_weight(engine, loaded, monkeypatch):
+    """Catches: a read-back that compares nothing, or not the part of a fused matrix that was lost."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norm"]
+    assert len(engine._read_back(loaded[0], 5)) == 1 + 2 * 4 + 2 * loaded[0].config.num_hidden_layers + 1
+    for name in names:
+        model = copy.deepcopy(loaded[0])
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if name in n and n.endswith("weight")).mul_(1.01)
+        wrong = [layer for layer, (a, b) in engine._read_back(model, 5).items() if not torch.equal(a, b)]
+        assert len(wrong) == 1, (name, wrong)
+
+
+def test_an_interrupted_batch_leaves_nothing_behind(engine, prompts, monkeypatch):
+    """Catches: requests of an interrupted call that come back, paired with prompts of the next one."""
+    want = engine.sample(prompts, COUNTS, seed=7)
+    calls, step = [], engine.llm.llm_engine.step
+
+    def interrupted():
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(engine.llm.llm_engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.sample(prompts[::-1], [9] * 5, seed=8)
+    monkeypatch.undo()
+    assert same_tokens(want, engine.sample(prompts, COUNTS, seed=7))
+
+
+def test_a_bfloat16_engine_under_a_float32_trainer(loaded, prompts, changed):
+    """Rounded once, exactly; the canary's gap stays under its bound and a stale engine's does not."""
+    sampler = rollout.VLLMSampler(
+        str(TINY), loaded[1], max_new_tokens=30, max_prompt_tokens=64, dtype="bfloat16"
+    )
+    try:
+        sampler.sync(changed)
+        rollouts = sampler.sample(prompts, COUNTS, seed=1)
+        assert 1e-5 < gap(changed, rollouts).mean() < train.CANARY_BOUND["cuda"] / 10
+        assert gap(loaded[0], rollouts).mean() > train.CANARY_BOUND["cuda"]
+    finally:
+        sampler.close()
+
+
+# ------------------------------------------------------------------------------- the whole program
+
+FLAGS = ["--engine", "vllm", "--prompts", "16", "--budget", "96", "--held-out", "20", "--eval-samples", "2"]
+
+
+def start(out, *flags):
+    """train.py with a mark in its environment, by which whatever it leaves behind can be found."""
+    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--out", str(out), *map(str, flags)]
+    marked = os.environ | {"RUN_MARK": str(out)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=marked)
+
+
+def processes_of(out) -> list[str]:
+    """The processes of that run, by their mark."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"RUN_MARK={out}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(environ.parent.name)
+        except OSError:  # it has just ended, or is somebody else's
+            continue
+    return found
+
+
+def all_gone(out) -> bool:
+    """Have all of them ended, within a moment? (Workers end when their pipe closes.)"""
+    deadline = time.time() + 5
+    while processes_of(out) and time.time() < deadline:
+        time.sleep(0.1)
+    return not processes_of(out)
+
+
+def test_the_main_job(tmp_path):
+    process = start(tmp_path / "run", "--steps", 3)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
+    assert all(m["logprob_gap"] < 1e-4 for m in metrics[1:])  # new weights arrived after every update
+    assert len((stdout + stderr).splitlines()) < 20  # no wall of log
+    assert all_gone(tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "Ctrl-C twice", "a bug"])
+def test_it_ends_cleanly(tmp_path, how):
+    """Catches: an engine, or a verifier's worker, that outlives the run."""
+    process = start(tmp_path / "run", "--steps", 1000, "--save-every", 2)
+    deadline = time.time() + 200
+    while not (tmp_path / "run" / "checkpoint" / "step-000002").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    assert len(processes_of(tmp_path / "run")) > 1  # itself and the verifier's workers
+    if how == "a bug":  # a disk that goes away under it
+        (tmp_path / "run" / "checkpoint").rename(tmp_path / "gone")
+        (tmp_path / "run" / "checkpoint").write_text("")
+    else:
+        process.send_signal(signal.SIGINT)
+        if how == "Ctrl-C twice":
+            time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode not in (0, None), stderr
+    assert all_gone(tmp_path / "run")
