@@ -673,7 +673,9 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
                 axis.errorbar(spent, values, column(rows, "eval_success_se")[1], label=label, **look)
             else:
                 axis.plot(spent, values, markevery=max(1, len(spent) // 8), **look)
-            axis.set(title=title, xlabel="rollouts spent", ylim=(0, None))
+            axis.set(title=title, xlabel="rollouts spent")
+    for axis in axes.flat:  # once all runs are drawn, or the first one would fix the top
+        axis.set_ylim(bottom=0)
     axes[0, 0].legend(loc="lower right")
     save_figure(fig, path)
 

@@ -67,6 +67,19 @@ def test_smollm2_numbers():
         assert "| " + " | ".join(cells) + " |" in README, cells
 
 
+def test_engine_numbers():
+    """The sentence about the run on vLLM: where it ends, and that its weights were never stale."""
+    hf, vllm = rows("smollm2-knapsack-seed0"), rows("smollm2-knapsack-vllm-seed0")
+    assert f"ends at {vllm[-1]['eval_success']:.2f}: the same curve within its error" in " ".join(
+        README.split()
+    )
+    for a, b in zip(hf, vllm, strict=True):
+        if a["eval_success"] is not None:
+            assert abs(a["eval_success"] - b["eval_success"]) < 2 * a["eval_success_se"]
+    assert "never further apart than 2e-5 on a step's average" in " ".join(README.split())
+    assert max(row["logprob_gap"] for row in vllm[1:]) < 2e-5
+
+
 def test_replay_numbers():
     """The table of rules replayed on real success rates, from what tests/bench_allocation.py wrote."""
     rules = json.loads((RESULTS / "allocation_replay.json").read_text())["all prompts"]["rules"]
