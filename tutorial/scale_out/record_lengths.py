@@ -25,9 +25,8 @@ def main():
     parser.add_argument("tasks", help="anything reward.load_tasks takes")
     parser.add_argument("out", type=Path)
     parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--samples", type=int, default=8, help="rollouts a prompt")
+    parser.add_argument("--samples", type=int, default=6, help="rollouts a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     from transformers import AutoTokenizer
@@ -39,26 +38,26 @@ def main():
     sampler = rollout.VLLMSampler(
         args.model, tokenizer, args.max_new_tokens, max_prompt_tokens=max(map(len, prompts))
     )
-    group, rollouts = [], []
-    for sample in range(args.samples):  # few at a time: vLLM's CPU build fails where a prompt with a seed of
-        for start in range(0, len(prompts), 16):  # its own does not fit whole into a batch of 2048 tokens
-            few = prompts[start : start + 16]
-            new = sampler.sample(few, [1] * len(few), args.seed + sample)
-            rollouts += new
-            group += [start + r.group for r in new]
+    from vllm import SamplingParams, TokensPrompt
+
+    # No seeds: vLLM's CPU build fails where a request with a seed of its own is prefilled in parts.
+    params = SamplingParams(n=args.samples, temperature=1.0, max_tokens=args.max_new_tokens)
+    outputs = sampler.llm.generate(
+        [TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False
+    )
+    responses = [[(o.text, len(o.token_ids)) for o in output.outputs] for output in outputs]
     sampler.close()
+    rows = []
     with reward.Verifier(workers=1) as verifier:
-        right = verifier.score_many([r.text for r in rollouts], [tasks[g].answer for g in group])
-    rows = [{"prompt_tokens": len(p), "lengths": [], "right": 0} for p in prompts]
-    for g, r, ok in zip(group, rollouts, right, strict=True):
-        rows[g]["lengths"].append(len(r.response_ids))
-        rows[g]["right"] += int(ok)
+        for task, prompt, group in zip(tasks, prompts, responses, strict=True):
+            right = verifier.score_many([text for text, _ in group], [task.answer] * len(group))
+            lengths = [n for _, n in group]
+            rows.append({"prompt_tokens": len(prompt), "lengths": lengths, "right": int(right.sum())})
     settings = {"model": Path(args.model).name, "tasks": Path(args.tasks).stem}
-    settings |= {k: getattr(args, k) for k in ("samples", "max_new_tokens", "seed")}
+    settings |= {"samples": args.samples, "max_new_tokens": args.max_new_tokens}
     lines = ",\n".join(json.dumps(row) for row in rows)
     args.out.write_text(f'{{"settings": {json.dumps(settings)},\n"prompts": [\n{lines}\n]}}\n')
-    tokens = sum(len(r.response_ids) for r in rollouts)
-    print(f"{len(rollouts)} rollouts, {tokens} tokens, {right.mean():.3f} right")
+    print(f"{sum(map(len, responses))} rollouts, {sum(sum(r['lengths']) for r in rows)} tokens")
 
 
 if __name__ == "__main__":
