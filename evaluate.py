@@ -204,8 +204,6 @@ def check(args) -> None:
         value = getattr(args, name)
         if value is not None and not (np.isfinite(value) and value > 0):
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: must not be negative")
     if args.out and (args.out.suffix != ".json" or not args.out.resolve().parent.is_dir()):
         raise ValueError(f"--out {args.out}: must be a .json file in a folder that exists")
     if args.out and args.out.exists() and not completions_file(args.out).exists():
@@ -216,27 +214,32 @@ def completions_file(out: Path) -> Path:
     return out.with_suffix(".completions.jsonl")
 
 
+class Question(NamedTuple):
+    task: Task
+    ids: list[int]  # the prompt
+    key: str  # what, besides the settings, decides its completions: a hash of weights, ids and gold answer
+
+
 class Model(NamedTuple):
     """All of a model but its weights, and what it is asked."""
 
     name: str
     tokenizer: object
-    weights: str | None  # which ones: a hash of the files, or the hub's commit
-    prompts: dict[str, dict[str, list[int]]]  # tasks -> task id -> token ids
+    weights: str  # which ones: a hash of the files, or the hub's id and commit
+    questions: dict[str, list[Question]]  # of each tasks
     longest: int  # tokens of the longest prompt
 
 
-def prepare(args) -> tuple[dict[str, list[Task]], list[Model], dict]:
-    """Everything that can be wrong before weights are loaded -> (tasks by name, models, settings)."""
+def prepare(args) -> tuple[list[Model], dict]:
+    """(models, settings); everything that can be wrong before weights are loaded is a ValueError."""
     check(args)
     paths = {name: resolve_model(name) for name in args.model}  # a name given twice counts once
-    suites, instructions = {}, {}
+    suites = {}
     for name in args.tasks:
         tasks = load_tasks(name)
         if args.held_out:
             tasks = split_held_out(tasks, args.held_out, seed=0)[1]
         suites[name] = tasks[: args.limit]
-        instructions[name] = default_instruction(name) if args.instruction is None else args.instruction
 
     from rollout import choose_engine  # and torch with it, which takes seconds
 
@@ -245,11 +248,16 @@ def prepare(args) -> tuple[dict[str, list[Task]], list[Model], dict]:
     models, limit = [], args.max_new_tokens or 1024
     for name, path in paths.items():
         config, tokenizer, weights = describe(path, args.trust_remote_code)
-        prompts = {
-            tasks: encode_tasks(tokenizer, suite, instructions[tasks], args.chat)
-            for tasks, suite in suites.items()
-        }
-        longest = max(len(ids) for by_id in prompts.values() for ids in by_id.values())
+        questions: dict[str, list[Question]] = {}
+        for tasks, suite in suites.items():
+            instruction = default_instruction(tasks) if args.instruction is None else args.instruction
+            prompts = encode_tasks(tokenizer, suite, instruction, args.chat)
+            for task in suite:
+                what = repr((weights, prompts[task.id], task.answer))
+                key = hashlib.sha256(what.encode()).hexdigest()[:16]
+                questions.setdefault(tasks, []).append(Question(task, prompts[task.id], key))
+            print(f"{name} on {tasks}, first prompt: {tokenizer.decode(prompts[suite[0].id])!r}")
+        longest = max(len(q.ids) for asked in questions.values() for q in asked)
         room = (getattr(config, "max_position_embeddings", None) or 2**30) - longest
         if room < (args.max_new_tokens or 1):
             raise ValueError(
@@ -257,16 +265,10 @@ def prepare(args) -> tuple[dict[str, list[Task]], list[Model], dict]:
                 f"{max(room, 0)}: lower --max-new-tokens or shorten the prompts"
             )
         limit = min(limit, room)
-        models.append(Model(name, tokenizer, weights, prompts, longest))
-        for tasks in suites:
-            print(f"{name} on {tasks}, first prompt: {first_prompt(models[-1], tasks)!r}")
+        models.append(Model(name, tokenizer, weights, questions, longest))
     settings = {"samples": args.samples, "temperature": args.temperature, "max_new_tokens": limit}
     settings |= {"seed": args.seed, "engine": engine, "chat": args.chat, "instruction": args.instruction}
-    return suites, models, settings
-
-
-def first_prompt(model: Model, tasks: str) -> str:
-    return model.tokenizer.decode(next(iter(model.prompts[tasks].values())))
+    return models, settings
 
 
 def describe(path: str, trust_remote_code: bool) -> tuple:
@@ -277,24 +279,16 @@ def describe(path: str, trust_remote_code: bool) -> tuple:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if not Path(path).is_dir():
-        return config, tokenizer, getattr(config, "_commit_hash", None)
+        return config, tokenizer, f"{path}@{getattr(config, '_commit_hash', None)}"
     digest, files = hashlib.sha256(), sorted(Path(path).glob("*.safetensors"))
     if not files:
         raise ValueError(f"--model {path}: no weights there (*.safetensors)")
     for file in files:
-        with file.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+        digest.update(np.memmap(file, mode="r"))
     return config, tokenizer, digest.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------- sampling and its record
-
-
-def request(model: Model, tasks: str, task: Task) -> str:
-    """What, besides the settings, decides a problem's completions and verdicts, in 16 digits. The record
-    goes by this and not by names: what has changed under a name is sampled anew."""
-    what = (model.weights, model.prompts[tasks][task.id], task.answer)
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def outcomes(completions: list[dict]) -> np.ndarray:
@@ -303,8 +297,11 @@ def outcomes(completions: list[dict]) -> np.ndarray:
 
 
 def read_completions(path: Path, settings: dict) -> dict[str, np.ndarray]:
-    """{request: outcomes} of the problems recorded so far; a torn last line is cut off the file.
-    ValueError if it has other settings, or anything else in it."""
+    """{key: outcomes} of the questions recorded so far; a torn last line is cut off the file. Weights,
+    prompts or answers that have changed under their names have other keys: they are asked anew.
+
+    Raises ValueError if the file has other settings, or anything else in it.
+    """
     if not path.is_file():
         return {}
     with path.open("rb+") as file:
@@ -318,7 +315,7 @@ def read_completions(path: Path, settings: dict) -> dict[str, np.ndarray]:
             if number == 1:
                 was = {name: row["settings"][name] for name in settings}
             else:
-                done[row["request"]] = outcomes(row["completions"])
+                done[row["key"]] = outcomes(row["completions"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a line of evaluate.py's: {error!r}") from error
         for name, value in settings.items():
@@ -329,34 +326,33 @@ def read_completions(path: Path, settings: dict) -> dict[str, np.ndarray]:
     return done
 
 
-def sample(model: Model, suites: dict, settings: dict, trust: bool, done: dict, file, bar) -> None:
+def sample(model: Model, settings: dict, trust: bool, done: dict, file, bar) -> None:
     """Adds what a model has not been asked yet to `done`, and to the file as it comes."""
     import torch
 
-    samples, sampler = settings["samples"], None
+    n, seed, sampler = settings["samples"], settings["seed"], None
     with Verifier(workers=min(8, os.cpu_count() or 1)) as verifier:
-        for tasks, suite in suites.items():
+        for tasks, questions in model.questions.items():
             bar.set_description(f"{model.name} on {tasks}")
-            prompts = model.prompts[tasks]
-            for batch in (suite[i : i + BATCH] for i in range(0, len(suite), BATCH)):
-                requests = [request(model, tasks, task) for task in batch]
-                if done.keys() >= set(requests):
+            for batch in (questions[i : i + BATCH] for i in range(0, len(questions), BATCH)):
+                if done.keys() >= {q.key for q in batch}:
                     bar.update(len(batch))
                     continue
                 sampler = sampler or open_sampler(model, settings, trust)
                 # The whole batch, even if some of it is there: in other company sums are rounded
                 # otherwise, and once in a while that draws another token.
-                right, rollouts = evaluate(sampler, batch, prompts, verifier, samples, settings["seed"])
+                prompts = {q.task.id: q.ids for q in batch}
+                right, rollouts = evaluate(sampler, [q.task for q in batch], prompts, verifier, n, seed)
                 completions = [
                     {"right": bool(v), "tokens": len(r.response_ids), "finished": r.finished, "text": r.text}
                     for v, r in zip(right.flat, rollouts, strict=True)
                 ]
                 for place in verifier.no_verdict:
                     completions[place]["right"] = None
-                for i, (task, key) in enumerate(zip(batch, requests, strict=True)):
-                    row = {"model": model.name, "tasks": tasks, "id": task.id, "request": key}
-                    row |= {"prompt": model.tokenizer.decode(prompts[task.id]), "answer": task.answer}
-                    row["completions"] = completions[i * samples : (i + 1) * samples]
+                for i, (task, ids, key) in enumerate(batch):
+                    row = {"model": model.name, "tasks": tasks, "id": task.id, "key": key}
+                    row |= {"prompt": model.tokenizer.decode(ids), "answer": task.answer}
+                    row["completions"] = completions[i * n : (i + 1) * n]
                     if key not in done:
                         print(json.dumps(row), file=file, flush=True)
                         done[key] = outcomes(row["completions"])
@@ -385,18 +381,19 @@ def open_sampler(model: Model, settings: dict, trust: bool):
 # ------------------------------------------------------------------------------------ what comes out
 
 
-def results(done: dict, suites: dict, models: list[Model]) -> list[dict]:
+def results(done: dict, models: list[Model]) -> list[dict]:
     """The scores of each model on each tasks, and of each later model its differences from the first."""
     found = []
-    for tasks, suite in suites.items():
+    for tasks in models[0].questions:
         first = None
         for model in models:
-            got = np.array([done[request(model, tasks, task)] for task in suite])  # (M, samples, 3)
+            questions = model.questions[tasks]
+            got = np.array([done[q.key] for q in questions])  # (M, samples, 3)
             right, tokens, finished = np.moveaxis(got, -1, 0)
             per_problem = measures(np.nan_to_num(right), tokens, finished)  # no verdict: not right
-            result = {"tasks": tasks, "model": model.name, "weights": model.weights, "problems": len(suite)}
-            result |= {"first_prompt": first_prompt(model, tasks), "no_verdict": int(np.isnan(right).sum())}
-            result["scores"] = summary(per_problem)
+            result = {"tasks": tasks, "model": model.name, "weights": model.weights}
+            result |= {"first_prompt": model.tokenizer.decode(questions[0].ids), "problems": len(questions)}
+            result |= {"no_verdict": int(np.isnan(right).sum()), "scores": summary(per_problem)}
             first = first or per_problem
             if first is not per_problem:
                 result["minus_first"] = difference(per_problem, first)
@@ -436,24 +433,24 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     record = completions_file(args.out) if args.out else Path(os.devnull)
     try:
-        suites, models, settings = prepare(args)
+        models, settings = prepare(args)
         done = read_completions(record, settings)
     except ValueError as error:
         sys.exit(f"evaluate.py: error: {error}")
 
     from tqdm import tqdm
 
-    total = len(models) * sum(map(len, suites.values()))
+    total = sum(len(questions) for model in models for questions in model.questions.values())
     try:
         with record.open("a", encoding="utf-8") as file, tqdm(total=total, unit="problem") as bar:
             if file.tell() == 0:
                 print(json.dumps({"settings": settings}), file=file, flush=True)
             for model in models:
-                sample(model, suites, settings, args.trust_remote_code, done, file, bar)
+                sample(model, settings, args.trust_remote_code, done, file, bar)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted" + ("; the same command goes on from here" if args.out else ""))
-    found = results(done, suites, models)
-    for tasks in suites:
+    found = results(done, models)
+    for tasks in models[0].questions:
         print("\n" + table([r for r in found if r["tasks"] == tasks]))
     if args.out:
         command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])

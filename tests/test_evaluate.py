@@ -252,7 +252,6 @@ FAULTS = {
     "temperature": (["--temperature", "nan"], "--temperature nan: must be above 0"),
     "limit": (["--limit", "-1"], "--limit -1: must be above 0"),
     "held out": (["--held-out", "1280"], "hold out fewer"),
-    "seed": (["--seed", "-1"], "--seed -1: must not be negative"),
     "model": (["--model", "tiny", "no-such-model"], "no-such-model"),
     "tasks": (["--tasks", "arithmetic", "absent.jsonl"], "absent.jsonl"),
     "chat": (["--chat"], "no chat template"),
@@ -314,3 +313,9 @@ def test_vllm_agrees_with_transformers(tmp_path, noisy):
         for name in ("avg@4", "tokens"):
             x, y = a["scores"][name], b["scores"][name]
             assert abs(x["mean"] - y["mean"]) <= 4 * np.hypot(x["se"], y["se"]), (a["model"], name)
+
+
+def test_the_record_is_of_the_shipped_model():
+    """Catches: a new embedded model beside the old one's scores."""
+    record = json.loads((ROOT / "tutorial/results/evaluations/tiny-arithmetic.json").read_text())
+    assert record["results"][0]["weights"] == evaluate.describe(evaluate.resolve_model("tiny"), False)[2]
