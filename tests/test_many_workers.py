@@ -1,5 +1,6 @@
 """tutorial/scale_out/many_workers.py against the one allocator that sees every prompt, and brute force."""
 
+import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tutorial" / "scale_out"))
+from bench_scale import FOLDER, price_table
 from many_workers import agree, deal
 
 import knapsack
@@ -97,3 +99,11 @@ def test_deal_equal_tokens_is_round_robin_and_one_worker_gets_all():
     assert deal(np.random.default_rng(0).random(5), 1).tolist() == [0] * 5
     with pytest.raises(ValueError, match="equal numbers"):
         deal(np.ones(5), 2)
+
+
+@pytest.mark.parametrize("name, table", [("scale", price_table)])
+def test_the_page_quotes_what_was_measured(name, table):
+    """The tables of tutorial/scale_out/README.md are those of tests/bench_scale.py --out."""
+    lines = list(table(json.loads((FOLDER / f"{name}.json").read_text())))
+    assert len(lines) > 5
+    assert "\n".join(lines) in (FOLDER / "README.md").read_text()

@@ -2,7 +2,7 @@
 
     pip install -r tutorial/scale_out/requirements-trl.txt
     python tutorial/scale_out/trl_knapsack.py                        # the embedded model, a CPU
-    torchrun --nproc-per-node 2 tutorial/scale_out/trl_knapsack.py --ddp_backend gloo       # two processes
+    torchrun --nproc-per-node 2 tutorial/scale_out/trl_knapsack.py --use_cpu --per_device_train_batch_size 128
 
     trainer = KnapsackGRPOTrainer(model, reward_funcs=right, args=GRPOConfig(...), train_dataset=rows)
 
