@@ -429,6 +429,7 @@ def versions() -> dict[str, str]:
 
 
 def main(argv=None) -> None:
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell their own developers
     warnings.formatwarning = lambda message, *_, **__: f"evaluate.py: {message}\n"
     args = parse_args(argv)
     record = completions_file(args.out) if args.out else Path(os.devnull)

@@ -513,7 +513,7 @@ def test_stuck_worker_is_killed_and_replaced():
         os.kill(stuck.pid, signal.SIGSTOP)
         start = time.monotonic()
         assert verifier.score_many([r"\boxed{x+2}"], ["2+x"])[0] == 0.0
-        assert time.monotonic() - start < 2 and verifier.timeouts == 1
+        assert time.monotonic() - start < 5 and verifier.timeouts == 1  # and not for ever
         assert stuck.poll() is not None
         assert verifier.score_many([r"\boxed{x+3}"], ["3+x"])[0] == 1.0
         assert _running(verifier).pid != stuck.pid
