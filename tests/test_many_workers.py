@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tutorial" / "scale_out"))
-from bench_scale import FOLDER, price_table
+from bench_scale import FOLDER, balance_table, price_table
 from many_workers import agree, deal
 
 import knapsack
@@ -101,9 +101,15 @@ def test_deal_equal_tokens_is_round_robin_and_one_worker_gets_all():
         deal(np.ones(5), 2)
 
 
-@pytest.mark.parametrize("name, table", [("scale", price_table)])
+@pytest.mark.parametrize("name, table", [("scale", price_table), ("balance", balance_table)])
 def test_the_page_quotes_what_was_measured(name, table):
     """The tables of tutorial/scale_out/README.md are those of tests/bench_scale.py --out."""
     lines = list(table(json.loads((FOLDER / f"{name}.json").read_text())))
     assert len(lines) > 5
     assert "\n".join(lines) in (FOLDER / "README.md").read_text()
+
+
+def test_dealt_rollouts_are_even():
+    """The aim is 2% of even; the page says 0.5% in the worst batch."""
+    rows = [r for r in json.loads((FOLDER / "balance.json").read_text()) if r["split"] == "deal"]
+    assert len(rows) == 6 and max(r["expected_worst"] for r in rows) < 0.005
