@@ -246,6 +246,7 @@ def score(completion: str, answer: str) -> float:
     - 1,234 and 1{,}234 and * 1\,234 are 1234; 3,5 is a list of two, * 3{,}5 is the decimal 3.5
     - * 5 million is 5000000
     - * 8 2 is a list of two (math-verify adds them up to 10); 3+5 equals 8, worked out or not
+    - * "the final answer is 3 * 4 = 11" says 11
     - units, currencies and degree signs are dropped, not converted: 5 cm equals 5 and 5 m
     - sets and lists in any order, tuples and intervals in theirs; x < 3 equals (-\infty, 3); x = 5 equals 5
     - words in \text{} and single letters in either case; 43_5 equals 43 * but not 43_7
@@ -286,6 +287,10 @@ CHOICE = re.compile(
     r"(?i:answer|option|choice)(?i:\s+is)?[^A-Za-z0-9]{0,9}(?:[a-z]+\{\(?)?([A-J])\b|\(([A-J])\)"
 )
 
+WORKING = re.compile(  # "the final answer is 3 * 4 = 12": math-verify takes the 3 * 4, whatever it says next
+    r"(?i)(final answer is:?\s*\$?)(?:[0-9][0-9.,\s+\-*/×÷x()$]*=\s*)+(?=[-$]?\.?[0-9])"
+)
+
 
 def _extract(completion: str, gold: str) -> tuple[str, bool]:
     """(the answer, True), or (the text in which math-verify has to find it, False)."""
@@ -297,7 +302,7 @@ def _extract(completion: str, gold: str) -> tuple[str, bool]:
         return tail.split()[-1], True
     if LETTER.fullmatch(gold) and (choices := CHOICE.findall(tail)):
         return max(choices[-1]), True
-    return _tidy(tail, alone=False), False
+    return _tidy(WORKING.sub(r"\1", tail), alone=False), False
 
 
 # What math-verify cannot read, or reads as something else, is first written as it does read it.

@@ -247,6 +247,9 @@ RIGHT_TEXTS = [
     ("-5", "the answer is −5"),
     ("185000", "so it is 1.85e5 in all"),
     ("5000000", "It costs $5 million."),
+    ("11", "So the final answer is 3 * 4 = 11."),
+    ("6", "The final answer is: $2 * $3 = $6."),
+    ("12", "Final answer is $3 \\cdot 4 = 12$."),
     ("1.6e-19", "The answer is 1.6 x 10^-19."),
     (r"28\%", "it is 28%."),
     # nothing extracted: the last number, or the text itself
@@ -272,6 +275,8 @@ WRONG_TEXTS = [
     ("5", r"\boxed{"),
     ("5", r"\boxed{" + " 5 +" * 200 + "}"),
     ("72", "The answer is 71."),
+    ("12", "So the final answer is 3 * 4 = 11."),  # what it says, not what it should have
+    ("24", "Therefore, the final answer is 3 * 2 * 4 = 12 = 12."),
     ("C", "The answer is (B)."),
     ("C", "none of them"),
 ]
