@@ -10,13 +10,41 @@ and that is all the raggedness there is. Tokens are kept flat, (N,), so there is
 >>> group_advantages(np.array([1.0, 0.0, 1.0, 1.0]), np.array([7, 7, 9, 9])).round(3)
 array([ 0.707, -0.707,  0.   ,  0.   ])
 
-What the paper calls it: GRPO, with its training settings: token-mean loss and clip-higher (both DAPO's),
-dual clip, truncated importance weights, no KL, no entropy bonus.
+What the paper calls it: GRPO, with its training settings. Which line of whose formula each piece is:
 
-Why the token mean: every token of the batch weighs the same, so a prompt weighs in proportion to
-its rollouts, and a prompt that was given 40 of them pulls on the model 5 times as hard as one that
-was given 8. With a mean over each prompt first, both would pull equally, and the extra 32 rollouts
-would only lower the noise of one prompt's gradient.
+    group_advantages   GRPO's (r - mean)/std a group (DeepSeekMath, Sec. 4.1). "centred" drops the std:
+                       Dr. GRPO (Liu et al. 2025, Sec. 3)
+    ratio, clip        PPO's, with two ends: clip-higher (DAPO, Sec. 3.1); dual clip (Ye et al. 2020)
+    normalizer         1 / sum of |o|, outside all sums: token-mean (DAPO, Sec. 3.3), the paper's. "sequence":
+                       1/R sum_r 1/|o_r| (GRPO); a constant length: Dr. GRPO
+    silent groups      DAPO (Sec. 3.2) samples on until every group is mixed; the paper's knapsack buys
+                       fewer silent ones; here those that still happen are counted and not computed
+    no KL              as DAPO (Sec. 2.3) and the paper. kl_coef > 0 is GRPO's k3 term (Sec. 4.1, eq. 4)
+    importance weight  pi_trainer / pi_sampler, truncated at 2: the paper's settings name it, its code
+                       computes it after the loss and never applies it; here it is applied
+
+Why token-mean is what makes unequal groups pay. Two prompts, half of whose rollouts are right, answers of
+10 tokens, 40 rollouts for the one and 8 for the other. Let theta move all tokens of a right answer up by 1/2
+and those of a wrong one down by 1/2; how hard does each prompt pull on its theta?
+
+>>> group, right = np.repeat([0, 1], [40, 8]), np.arange(48) % 2
+>>> pull = np.bincount(group, 10 * group_advantages(right, group) * (right - 1 / 2))  # summed over tokens
+>>> (pull / (10 * 48)).round(2)  # token-mean: in proportion to the rollouts
+array([0.41, 0.08])
+>>> (pull / (10 * np.array([40, 8])) / 2).round(2)  # a mean over each prompt first: equal
+array([0.25, 0.23])
+
+With a mean over each prompt, 32 more rollouts only lower the noise of one prompt's gradient; with the token
+mean they make it count five times as much. (0.23 and not 0.25: the unbiased std of a small group.)
+
+Memory for a model of 1.54e9 parameters (Qwen2.5-Math-1.5B: 28 layers, vocabulary 151,936) on 80 GB, as
+arithmetic, not as a measurement on a GPU:
+    weights, gradients, AdamW's two moments, all float32: 1.54e9 x 16 bytes                  24.6 GB
+    activations: 97 kB a token and layer (what autograd saves under bfloat16 autocast,
+        counted on a CPU) x 28 layers x 8192 tokens a microbatch                             22.3 GB
+    the head: a chunk of 2^28 logits, about 4 float32 copies, + 3 of its weights             ~6  GB
+so about 53 GB; 16384 tokens a microbatch would need 75. `checkpointing` keeps 6 kB a token and layer
+instead of 97 (and one layer in full). Without chunks the logits of 8192 tokens alone would take 4 x 5 GB.
 """
 
 from __future__ import annotations
@@ -169,15 +197,21 @@ def _shared_pass(decoder, rollouts, device) -> tuple[torch.Tensor, torch.Tensor]
     return hidden[real], response_ids[real]
 
 
-def _logprobs_of(head, hidden, targets, temperature, chunk_elements=2**25) -> torch.Tensor:
+def _logprobs_of(head, hidden, targets, temperature, chunk_elements: int | None = None) -> torch.Tensor:
     """log softmax(head(hidden) / temperature)[targets], (N, H), (N,) -> (N,). In chunks that are
-    recomputed in the backward pass: N x V floats never live at once (N = 16k, V = 152k: 10 GB)."""
+    recomputed in the backward pass: N x V floats never live at once (N = 16k, V = 152k: 10 GB).
+    A chunk is 2^25 logits; 2^28 on a GPU, where each one casts the head's weights and adds to their
+    gradient anew (1 GiB a copy in float32, about 4 copies at the peak)."""
 
     def piece(h, t):
         logits = head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (n, V)
+        if temperature != 1:
+            logits = logits / temperature
         return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1)
 
+    if chunk_elements is None:
+        chunk_elements = 2**28 if hidden.is_cuda else 2**25
     n = max(1, chunk_elements // head.weight.shape[0])
     if len(hidden) <= n:
         return piece(hidden, targets)

@@ -73,6 +73,7 @@ class Config:
     clip_low: float = setting(0.2, 0.2, "PPO clip below 1")
     clip_high: float = setting(0.28, 0.28, "PPO clip above 1 (clip-higher)")
     tokens_per_microbatch: int = setting(16384, 8192, "padded tokens in one forward pass (memory)")
+    checkpointing: bool = setting(False, False, "recompute activations in the update: less memory, slower")
     held_out: int = setting(0, 0, "tasks kept for evaluation (0: a fifth of them, at most 256)")
     eval_every: int = setting(20, 20, "steps between evaluations")
     eval_samples: int = setting(4, 4, "answers a held-out problem")
@@ -278,7 +279,7 @@ def train(c: Config, out: Path, train_tasks: list, held_out: list, model, tokeni
             stats = grpo.update(
                 model, optimizer, rollouts, advantages, c.minibatches, c.temperature,
                 tokens_per_microbatch=c.tokens_per_microbatch, seed=step_seed(c.seed, step),
-                clip_low=c.clip_low, clip_high=c.clip_high,
+                checkpointing=c.checkpointing, clip_low=c.clip_low, clip_high=c.clip_high,
             )  # fmt: skip
             clock.lap("update")
             # 4. New weights to the sampler, outcomes to the tracker.
