@@ -65,7 +65,6 @@ def device() -> str:
 @contextlib.contextmanager
 def loading(path: str):
     """What transformers has to say about a model it cannot load, as a ValueError of one line."""
-    from safetensors import SafetensorError
     from transformers import logging
 
     getLogger("huggingface_hub").setLevel("ERROR")  # without a network it logs each retry
@@ -73,8 +72,8 @@ def loading(path: str):
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    except Exception as error:  # configurations, tokenizers and weights raise kinds of their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"--model {path}: cannot be loaded ({reason})") from error
 
 
@@ -85,9 +84,22 @@ def load_model(path: str, trust_remote_code: bool = False):
 
     with loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    # transformers fills what is missing or does not fit with random numbers, and says so only in a log.
+    if random := sorted(report["missing_keys"]) + [name for name, *_ in report["mismatched_keys"]]:
+        raise ValueError(
+            f"--model {path}: {random[0]} and {len(random) - 1} more are missing from its weights, or of "
+            "another shape than its config.json says"
+        )
+    if bad := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
+        raise ValueError(f"--model {path}: its weights hold NaN or infinity, first in {bad[0]}")
     # eval: no dropout, so that the trainer's log-probs are the sampler's.
     return model.eval(), tokenizer
 
@@ -103,6 +115,10 @@ def encode_tasks(tokenizer, tasks: list[Task], instruction: str = "", chat: bool
 
     texts = [f"{t.prompt}\n{instruction}" if instruction else t.prompt for t in tasks]
     ids = encode_prompts(tokenizer, texts, chat)
+    if not all(ids):
+        raise ValueError(
+            f"the tokenizer makes nothing of {texts[ids.index([])]!r:.60}: is it in the model's folder?"
+        )
     return {t.id: i for t, i in zip(tasks, ids, strict=True)}
 
 

@@ -13,7 +13,8 @@ advantages, update the model, hand the new weights to the sampler, remember the 
 
 A run folder holds config.json, metrics.jsonl (one row a step; step 0 is the untouched model, only
 evaluated), groups.jsonl (each step's prompts, estimates, counts, successes), dashboard.png,
-checkpoint/step-NNNNNN/ and final/, a folder that transformers and vLLM load as it is.
+checkpoint/step-NNNNNN/ (the last two, and the best on the held-out problems; `sha256sum -c SHA256SUMS`
+checks one) and final/; transformers and vLLM load any of them as it is.
 
 What this is minus: no KL, no reference model, no critic, no replay, one machine.
 """
@@ -22,6 +23,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -30,7 +33,9 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +58,7 @@ def setting(tiny, large, help: str, **extra):
 class Config:
     model: str = setting("tiny", "tiny", "tiny, a folder, or a hub id; a bare Qwen name means Qwen/...")
     tasks: str = setting("arithmetic", "dapo17k", "arithmetic, a .jsonl or .parquet file, or a hub name")
-    instruction: str = setting("", None, "text after each prompt [none; hub tasks: \\boxed{} please]")
+    instruction: str = setting("", None, "text after each prompt; None: \\boxed{} please for hub tasks")
     chat: bool = setting(False, False, "wrap prompts in the model's chat template")
     allocator: str = setting(
         "knapsack", "knapsack", "who decides the counts", choices=["knapsack", "paper", "uniform"]
@@ -78,10 +83,20 @@ class Config:
     eval_every: int = setting(20, 20, "steps between evaluations")
     eval_samples: int = setting(4, 4, "answers a held-out problem")
     eval_temperature: float = setting(1.0, 0.6, "of the sampling during evaluation")
-    save_every: int = setting(25, 20, "steps between checkpoints")
+    save_every: int = setting(25, 20, "steps between checkpoints; a new best is saved besides")
     gpu_memory: float = setting(0.4, 0.4, "vLLM's share of the GPU's memory while it samples")
     seed: int = setting(0, 0, "seed of everything random")
     trust_remote_code: bool = setting(False, False, "run code that comes with the model")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def need(ok, sentence: str) -> None:
+    """A user's error is one line that says what to do; main prints it."""
+    if not ok:
+        raise ValueError(sentence)
 
 
 def parse_args(argv=None) -> tuple[Config, argparse.Namespace]:
@@ -92,65 +107,73 @@ def parse_args(argv=None) -> tuple[Config, argparse.Namespace]:
         epilog="Defaults stand in brackets: those of --model tiny | those of any other --model.",
     )
     for f in dataclasses.fields(Config):
-        tiny, large = f.metadata["tiny"], f.metadata["large"]
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if isinstance(tiny, bool):
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-            continue
-        both = f"{tiny} | {large}" if tiny != large else f"{tiny}"
-        parser.add_argument(
-            flag,
-            type=type(tiny),
-            default=argparse.SUPPRESS,
-            choices=f.metadata.get("choices"),
-            metavar=None if "choices" in f.metadata else flag[2:].replace("-", "_").upper(),
-            help=text if large is None else f"{text} [{both}]",
-        )
+        tiny, large, text = (f.metadata[k] for k in ("tiny", "large", "help"))
+        kind = dict(action="store_true")
+        if not isinstance(tiny, bool):
+            text += f" [{tiny} | {large}]" if tiny != large else f" [{tiny}]"
+            kind = dict(type=type(tiny), choices=f.metadata.get("choices"))
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument("--out", type=Path, help="run folder [runs/MODEL-ALLOCATOR-seedSEED]")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
-    parser.add_argument(
-        "--compare", type=Path, nargs="+", metavar="RUN", help="draw runs on one picture, --out PNG"
-    )
+    text = "draw runs on one picture, --out PNG"
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help=text)
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
     column = "tiny" if given.get("model", "tiny") == "tiny" else "large"
     values = {f.name: f.metadata[column] for f in dataclasses.fields(Config)} | given
     if values["instruction"] is None:
         values["instruction"] = evaluate.default_instruction(values["tasks"])
-    if args.resume and (given or args.out or args.compare):
-        raise ValueError("--resume takes the run's own settings: give no other flag with it")
-    if args.compare and given:
-        raise ValueError("--compare draws runs that exist: give no training flag with it")
+    need(
+        not (args.compare and (given or args.resume)), "--compare draws what exists: give only --out with it"
+    )
+    need(not args.resume or args.out in (None, args.resume), "--resume goes on in its own folder: drop --out")
+    args.given = given
     return Config(**values), args
+
+
+def read_config(run: Path) -> Config:
+    """The settings of a run. ValueError if its config.json is missing, damaged or out of range."""
+    path = run / "config.json"
+    need(path.is_file(), f"{run}: no config.json there, so no run")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    kinds = {f.name: type(f.metadata["tiny"]) for f in dataclasses.fields(Config)}
+    strange = set(stored) ^ set(kinds) if isinstance(stored, dict) else ["not a table"]
+    need(not strange, f"{path} is not of this version: {', '.join(sorted(strange))}")
+    for name, value in stored.items():
+        fits = type(value) is kinds[name] or (type(value), kinds[name]) == (int, float)
+        need(fits, f"{path}: {name} must be of type {kinds[name].__name__}, not {value!r}")
+    check(c := Config(**stored))
+    return c
+
+
+def differences(ours: dict, theirs: dict) -> str:
+    """Which settings in `theirs` differ from `ours`, as flags; empty if none does."""
+    return ", ".join(f"{flag(k)} {ours[k]} (not {v})" for k, v in theirs.items() if v != ours[k])
 
 
 def check(c: Config) -> None:
     """ValueError, in one line that says what to do, for settings that cannot work."""
-    positive = ("steps", "prompts", "budget", "max_new_tokens", "max_prompt_tokens", "temperature",
-                "lr", "minibatches", "clip_low", "clip_high", "tokens_per_microbatch", "eval_every",
-                "eval_samples", "eval_temperature", "save_every", "gpu_memory", "n_min")  # fmt: skip
-    for name in positive:
-        value = getattr(c, name)
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("seed", "held_out", "warmup_steps"):
-        if getattr(c, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
-    if c.clip_low >= 1 or c.gpu_memory >= 1:
-        raise ValueError("--clip-low and --gpu-memory must lie below 1")
-    if c.n_min > c.n_max:
-        raise ValueError(f"--n-min {c.n_min} is above --n-max {c.n_max}")
+    for f in dataclasses.fields(c):
+        value, choices = getattr(c, f.name), f.metadata.get("choices")
+        need(not choices or value in choices, f"{flag(f.name)} {value}: choose from {choices}")
+        if f.name in ("seed", "held_out", "warmup_steps"):
+            need(value >= 0, f"{flag(f.name)} {value}: must not be negative")
+        elif type(value) in (int, float):
+            need(0 < value < float("inf"), f"{flag(f.name)} {value}: must be above 0, and finite")
+    need(max(c.clip_low, c.gpu_memory) < 1, "--clip-low and --gpu-memory must lie below 1")
+    coldest = min(c.temperature, c.eval_temperature)
+    need(coldest >= 0.01, f"a temperature of {coldest}: must be at least 0.01, vLLM's own limit")
+    need(c.n_max > 1, "--n-max 1: a group of one is never mixed, so nothing would be learned")
+    need(c.n_min <= c.n_max, f"--n-min {c.n_min} is above --n-max {c.n_max}")
     low, high = c.prompts * c.n_min, c.prompts * c.n_max
-    if c.budget < low:
-        raise ValueError(
-            f"--budget {c.budget} < {c.prompts} prompts x n_min {c.n_min} = {low}: "
-            "raise --budget, or lower --n-min or --prompts"
-        )
-    if c.budget > high:
-        raise ValueError(
-            f"--budget {c.budget} > {c.prompts} prompts x n_max {c.n_max} = {high}: "
-            "lower --budget, or raise --n-max or --prompts"
-        )
+    advice = "raise --budget, or lower --n-min" if c.budget < low else "lower --budget, or raise --n-max"
+    limits = f"{c.prompts} prompts x n_min {c.n_min} = {low} and x n_max {c.n_max} = {high}"
+    need(
+        low <= c.budget <= high, f"--budget {c.budget} is not between {limits}: {advice} or change --prompts"
+    )
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -173,9 +196,9 @@ def allocate(c: Config, tracker: knapsack.SuccessTracker, ids: list[str]) -> np.
     return knapsack.allocate(tracker.posterior(ids), c.budget, c.n_min, c.n_max)
 
 
-def set_up(c: Config, out: Path, tasks: list) -> tuple:
+def set_up(c: Config, out: Path, tasks: list, checkpoint: Path | None) -> tuple:
     """(model, tokenizer, prompts, sampler): what takes seconds to load, and everything that can be
-    wrong with it as a ValueError. The weights are the last checkpoint's, where there is one."""
+    wrong with it as a ValueError. The weights are the checkpoint's, where there is one."""
     # Ragged batches leave holes of all sizes in a GPU's memory. Read when torch first asks for some.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import rollout
@@ -183,29 +206,33 @@ def set_up(c: Config, out: Path, tasks: list) -> tuple:
     path = evaluate.resolve_model(c.model)
     engine, why = rollout.choose_engine(c.engine)
     print(f"sampling with {engine} ({why}); writing to {out}", flush=True)
-    model, tokenizer = evaluate.load_model(latest_checkpoint(out) or path, c.trust_remote_code)
+    model, tokenizer = evaluate.load_model(checkpoint or path, c.trust_remote_code)
     prompts = evaluate.encode_tasks(tokenizer, tasks, c.instruction, c.chat)  # {task id: token ids}
-    too_long = [i for i, ids in prompts.items() if len(ids) > c.max_prompt_tokens]
-    if too_long:
-        raise ValueError(
-            f"{len(too_long)} prompts are longer than {c.max_prompt_tokens} tokens (the first: "
-            f"{too_long[0]}): raise --max-prompt-tokens or drop them"
-        )
-    longest = max(map(len, prompts.values()))
+    longest, highest = max(map(len, prompts.values())), max(map(max, prompts.values()))
+    for i, ids in prompts.items():
+        limit = f"longer than {c.max_prompt_tokens} tokens: raise --max-prompt-tokens or drop it"
+        need(len(ids) <= c.max_prompt_tokens, f"the prompt of {i} is {limit}")
+    known = model.get_input_embeddings().num_embeddings
+    need(highest < known, f"--model {c.model}: its tokenizer says {highest}, its weights know {known} tokens")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, name, None) not in (None, 1.0):
-            raise ValueError(f"--model {c.model}: its {name} is not supported by grpo.token_logprobs")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and longest + c.max_new_tokens > context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and --max-new-tokens {c.max_new_tokens} exceed the "
-            f"model's context of {context}: lower --max-new-tokens or shorten the prompts"
-        )
+        plain = getattr(model.config, name, None) in (None, 1.0)
+        need(plain, f"--model {c.model}: its {name} is not supported by grpo.token_logprobs")
+    context = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    need(
+        longest + c.max_new_tokens <= context,
+        f"a prompt of {longest} tokens and --max-new-tokens {c.max_new_tokens} exceed the model's context of "
+        f"{context}: lower --max-new-tokens or shorten the prompts",
+    )
+    # Two checkpoints (weights and two moments) and final/: the new one is whole before an old one goes.
+    size = (2 * 3 + 1) * sum(p.nbytes for p in model.parameters())
+    room = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*"))
+    need(room >= size, f"--out {out}: the run needs {size / 1e9:.2g} GB of disk: make room there first")
     if engine == "vllm":
-        sampler = rollout.VLLMSampler(
-            path, tokenizer, c.max_new_tokens, c.temperature, longest, c.gpu_memory,
-            trust_remote_code=c.trust_remote_code,
-        )  # fmt: skip
+        with evaluate.loading(path):  # no GPU, too little memory, a model that vLLM does not know
+            sampler = rollout.VLLMSampler(
+                path, tokenizer, c.max_new_tokens, c.temperature, longest, c.gpu_memory,
+                trust_remote_code=c.trust_remote_code,
+            )  # fmt: skip
         model.to(evaluate.device())  # only now: the engine measures how much memory is free
         sampler.sync(model)  # the trainer's weights, which a checkpoint may have changed
     else:
@@ -214,46 +241,49 @@ def set_up(c: Config, out: Path, tasks: list) -> tuple:
     return model, tokenizer, prompts, sampler
 
 
-def train(c: Config, out: Path, train_tasks: list, held_out: list, model, tokenizer, prompts, sampler):
-    """The whole run, from the last checkpoint in `out` if there is one."""
+def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, checkpoint, state, rows):
+    """The whole run; from `checkpoint`, if there is one, with its `state` and the metrics rows before it."""
     import torch
+    from safetensors.torch import load_file
     from tqdm import tqdm
 
     import grpo
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0)
-    tracker, first = knapsack.SuccessTracker(), 1
-    checkpoint = latest_checkpoint(out)
+    tracker, best = knapsack.SuccessTracker(), (-1.0, 0)  # (held-out success, step)
     if checkpoint:
-        state = json.loads((checkpoint / "state.json").read_text())
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+        moments: dict[int, dict] = {}
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            moments.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = tensor
+        optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer"]})
         tracker.load_state_dict(state["tracker"])
-        first = state["step"] + 1
+        best = tuple(state["best"])
         print(f"resuming after step {state['step']}")
-    log = Log(out, last_step=first - 1 if checkpoint else -1)
-
+    first = state.get("step", 0) + 1
+    epoch = len(train_tasks) // c.prompts  # in steps
+    recent, warned = deque(rows[1:], maxlen=PATIENCE), set()
     stop, clock, verifier = StopRequest(), Clock(), reward.Verifier()
-    step = first - 1
 
-    def held_out_success() -> tuple[float, float]:
+    def held_out_success() -> dict[str, float]:
         """Mean success over the held-out problems, and its standard error. Always the same seed:
         the same random numbers each time make two evaluations differ by the model alone."""
-        sampler.temperature = c.eval_temperature
-        right, _ = evaluate.evaluate(
-            sampler, held_out, prompts, verifier, c.eval_samples, step_seed(c.seed, 0)
-        )
+        sampler.temperature, seed = c.eval_temperature, step_seed(c.seed, 0)
+        right, _ = evaluate.evaluate(sampler, held_out, prompts, verifier, c.eval_samples, seed)
         sampler.temperature = c.temperature
-        return float(right.mean()), evaluate.bootstrap_se(right.mean(1))
+        clock.lap("eval")
+        return {
+            "eval_success": float(right.mean()),
+            "eval_success_se": evaluate.bootstrap_se(right.mean(1)),
+        }
 
-    bar = tqdm(total=c.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+    bar = tqdm(total=c.steps, initial=first - 1, unit="step", dynamic_ncols=True, disable=None)
     try:
         if not checkpoint:  # the untouched model
-            success, se = held_out_success()
-            clock.lap("eval")
             row = dict.fromkeys(ROW) | {"step": 0, "budget": c.budget, "distinct_solved": 0}
-            log.write(row | {"eval_success": success, "eval_success_se": se} | clock.row())
+            row |= held_out_success() | clock.row()
+            append(out / "metrics.jsonl", row)
             clock.steps.clear()  # an evaluation says nothing about how long a step takes
-            bar.write(f"before training: held-out success {success:.3f} ± {se:.3f}")
+            bar.write(f"before training: held-out success {row['eval_success']:.3f}")
 
         for step in range(first, c.steps + 1):
             # 1. Draw M prompts, estimate each one's success, and let the knapsack decide.
@@ -269,7 +299,11 @@ def train(c: Config, out: Path, train_tasks: list, held_out: list, model, tokeni
             rewards = verifier.score_many(
                 [r.text for r in rollouts], [tasks[g].answer for g in group]
             )  # (R,) in {0, 1}
+            successes = np.bincount(group, rewards, minlength=len(ids)).astype(int)  # (M,)
+            outcome = step_metrics(rewards, rollouts, counts, successes)
             clock.lap("verify")
+            if not np.isfinite(outcome["entropy"]):
+                raise RunStopped(f"the model's log-probs are not finite at step {step}; {BLOWN_UP}")
             # 3. Advantages within each group, and the update.
             advantages = grpo.group_advantages(rewards, group)  # (R,)
             gap = canary(model, rollouts, c, grpo.token_logprobs)
@@ -285,55 +319,60 @@ def train(c: Config, out: Path, train_tasks: list, held_out: list, model, tokeni
             # 4. New weights to the sampler, outcomes to the tracker.
             sampler.sync(model)
             clock.lap("sync")
-            successes = np.bincount(group, rewards, minlength=len(ids)).astype(int)  # (M,)
             tracker.update(ids, successes, counts)
             solved = int(tracker.solved([t.id for t in train_tasks]).sum())
             # 5. One row, one line, a picture now and then.
-            row = dict.fromkeys(ROW) | {
-                "step": step,
-                **step_metrics(rewards, rollouts, counts, successes),
-            }
+            row = dict.fromkeys(ROW) | {"step": step, **outcome}
             row |= {"distinct_solved": solved, "budget": c.budget, "logprob_gap": gap}
             row |= {"lr": parameters["lr"], **stats}
             if step % c.eval_every == 0 or step == c.steps:
-                row["eval_success"], row["eval_success_se"] = held_out_success()
-                clock.lap("eval")
+                row |= held_out_success()
             row |= clock.row()
             row["time_sampled_tokens_per_second"] = row["response_tokens"] * c.budget / row["time_sample"]
             if torch.cuda.is_available():
                 row["mem_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            log.write(row)
-            log.write_groups(step, ids, estimate, counts, successes)
+            append(out / "metrics.jsonl", row)
+            who = {"step": step, "ids": ids, "estimate": [round(float(p), 4) for p in estimate]}
+            who |= {"counts": counts.tolist(), "successes": successes.tolist()}
+            append(out / "groups.jsonl", who)
             bar.write(describe(row, c.steps, clock))
             bar.update()
-            # 6. Keep what an interruption would lose.
-            stopping = stop.asked  # read once: a later signal waits for the next step's save
-            if step % c.save_every == 0 or step == c.steps or stopping:
-                state = {"step": step, "tracker": tracker.state_dict()}
-                save_checkpoint(out, step, model, tokenizer, optimizer, state)
+            # 6. Say what goes wrong, and keep what an interruption would lose.
+            recent.append(row)
+            found = trouble(recent)
+            for name in found.keys() - warned:
+                bar.write(f"warning: for {PATIENCE} steps {found[name]}")
+            warned |= found.keys()
+            stopping = stop.asked or "silent" in found  # read once: a later signal waits for the next step
+            if row["eval_success"] is not None and row["eval_success"] > best[0]:
+                best = (row["eval_success"], step)
+            if step % c.save_every == 0 or step == c.steps or step == best[1] or stopping:
+                now = {"step": step, "best": best, "tracker": tracker.state_dict()}
+                save_checkpoint(out, model, tokenizer, optimizer, state | now)
                 clock.lap("save")
-            if row.get("eval_success") is not None:
-                draw_dashboard(out)
+            if row["eval_success"] is not None or stopping:
+                draw_dashboard(out, epoch)
                 clock.lap("draw")
+            if "silent" in found and step < c.steps:
+                raise RunStopped(f"{found['silent']}; the weights are in {out}/checkpoint")
             if stopping and step < c.steps:
                 bar.close()
-                draw_dashboard(out)
                 print(f"stopped after step {step}; go on with: python train.py --resume {out}")
                 sys.exit(130)
     finally:
         bar.close()
-        log.close()
         verifier.close()
         sampler.close()
-    model.save_pretrained(out / "final.part")
-    tokenizer.save_pretrained(out / "final.part")
-    (out / "final.part").rename(out / "final")
-    draw_dashboard(out)
-    rows = [r for r in read_rows(out / "metrics.jsonl") if r.get("eval_success") is not None]
+    draw_dashboard(out, epoch)
+    with written_aside(out / "final") as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    (_, success), (_, se) = (
+        column(read_rows(out / "metrics.jsonl"), f"eval_success{k}") for k in ("", "_se")
+    )
     print(
-        f"held-out success {rows[0]['eval_success']:.3f} -> {rows[-1]['eval_success']:.3f} "
-        f"(± {rows[-1]['eval_success_se']:.3f}) in {c.steps} steps of {c.budget} rollouts; "
-        f"model in {out}/final, picture in {out}/dashboard.png"
+        f"held-out success {success[0]:.3f} -> {success[-1]:.3f} (± {se[-1]:.3f}) in {c.steps} steps of "
+        f"{c.budget} rollouts; model in {out}/final, picture in {out}/dashboard.png"
     )
 
 
@@ -350,6 +389,30 @@ def step_seed(seed: int, step: int) -> int:
 
 class RunStopped(Exception):
     """The run cannot go on; the sentence says why and what to do."""
+
+
+BLOWN_UP = "training has blown up: start again with a lower --lr, or from an earlier checkpoint"
+PATIENCE = 20  # steps
+
+
+def trouble(rows) -> dict[str, str]:
+    """What has been wrong in each of the last PATIENCE metrics rows: {name: a sentence with advice}.
+    "silent" ends the run (nothing has changed the weights meanwhile), the others are said once."""
+    right = np.mean([r["all_right"] for r in rows])
+    advice = {
+        "silent": f"every group was silent, {right:.0%} all right and the rest all wrong: nothing to learn "
+        f"from; bring {'harder' if right > 0.5 else 'easier'} tasks, or raise --budget",
+        "truncated": "every response was cut at --max-new-tokens: raise it, unless so short an answer is "
+        "wanted; or the model has no end-of-sequence token",
+        "collapsed": "the entropy was below 0.001 nats a token, so nothing is explored: unless all is "
+        "solved, start again with a lower --lr or a higher --temperature",
+    }
+    signs = {
+        "silent": all(r["effective_rollouts"] == 0 for r in rows),
+        "truncated": all(r["truncated"] == 1 for r in rows),
+        "collapsed": all(r["entropy"] < 1e-3 for r in rows),
+    }
+    return {name: advice[name] for name in signs if signs[name] and len(rows) == PATIENCE}
 
 
 def canary(model, rollouts, c: Config, token_logprobs) -> float:
@@ -397,7 +460,7 @@ def step_metrics(rewards, rollouts, counts, successes) -> dict:
 
 def describe(row: dict, steps: int, clock: Clock) -> str:
     """One tidy line a step."""
-    left = (steps - row["step"]) * clock.typical_step()
+    left = (steps - row["step"]) * float(np.mean(clock.steps))
     text = (
         f"step {row['step']:>{len(str(steps))}}/{steps}  reward {row['reward_mean']:.3f}  "
         f"effective rollouts {row['effective_rollouts']:.2f} prompts {row['effective_prompts']:.2f}  "
@@ -414,23 +477,20 @@ class Clock:
 
     def __init__(self):
         self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-        self.steps: list[float] = []
+        self.laps: dict[str, float] = defaultdict(float)
+        self.steps: deque[float] = deque(maxlen=20)
 
     def lap(self, name: str) -> None:
         """Everything since the last lap was `name`."""
         now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
+        self.laps[name] += now - self.last
         self.last = now
 
     def row(self) -> dict:
         """The laps since the last row (a save or a picture after it counts towards the next)."""
-        laps, self.laps = self.laps, {}
+        laps, self.laps = self.laps, defaultdict(float)
         self.steps.append(sum(laps.values()))
         return {"seconds": round(self.steps[-1], 4)} | {f"time_{k}": round(v, 4) for k, v in laps.items()}
-
-    def typical_step(self) -> float:
-        return float(np.mean(self.steps[-20:]))
 
 
 class StopRequest:
@@ -446,7 +506,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this step (again: at once)", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step (again: at once)\n")
 
 
 # ------------------------------------------------------------------------------------ run folders
@@ -457,61 +518,129 @@ def read_rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is torn
+    try:
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is torn
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
-class Log:
-    """metrics.jsonl and groups.jsonl, cut back to `last_step` first, then one line a step."""
-
-    def __init__(self, out: Path, last_step: int):
-        self.files = {}
-        for name in ("metrics", "groups"):
-            path = out / f"{name}.jsonl"
-            rows = [row for row in read_rows(path) if row["step"] <= last_step]
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            part.replace(path)
-            self.files[name] = path.open("a", encoding="utf-8")
-
-    def _line(self, name: str, row: dict) -> None:
-        self.files[name].write(json.dumps(row, allow_nan=False) + "\n")
-        self.files[name].flush()
-
-    def write(self, row: dict) -> None:
-        self._line("metrics", row)
-
-    def write_groups(self, step, ids, estimate, counts, successes) -> None:
-        row = {"step": step, "ids": ids, "estimate": [round(float(p), 4) for p in estimate]}
-        self._line("groups", row | {"counts": counts.tolist(), "successes": successes.tolist()})
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+def replace_file(path: Path, write) -> None:
+    """write(a temporary path), then rename: an interruption leaves the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)
 
 
-def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, state: dict) -> None:
-    """checkpoint/step-NNNNNN, written aside and renamed when complete; the last two are kept."""
-    import torch
+def append(path: Path, row: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    final = out / "checkpoint" / f"step-{step:06d}"
-    part = final.with_suffix(".part")
+
+def cut_back(out: Path, last_step: int) -> list[dict]:
+    """metrics.jsonl and groups.jsonl without the steps after `last_step`, which will be done again (-1: all
+    of them). Returns the metrics rows that are left."""
+    for name, first in (("groups", 1), ("metrics", 0)):
+        path = out / f"{name}.jsonl"
+        rows = [row for row in read_rows(path) if row["step"] <= last_step]
+        whole = [row["step"] for row in rows] == list(range(first, last_step + 1))
+        need(whole, f"{path} lacks steps before the checkpoint: put it back, or start a new run")
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        replace_file(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+    return rows
+
+
+def lock(out: Path):
+    """One process a run folder, as long as the returned file is open: two would tear each other's files."""
+    file = (out / "config.json").open()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{out}: another train.py is at work on this run: wait, or stop it") from error
+    return file
+
+
+def to_disk(path: Path) -> None:
+    """Through the operating system's buffers: a file or a folder survives a power cut from here on."""
+    number = os.open(path, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
+def checksums(folder: Path) -> str:
+    """SHA256SUMS of everything in a folder, as the sha256sum command writes and checks it."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "SHA256SUMS":
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder)}\n")
+    return "".join(lines)
+
+
+@contextmanager
+def written_aside(folder: Path):
+    """A folder to write into, which is checksummed, and renamed to `folder` once all of it is on the disk.
+    OSError, and nothing is changed, if a write fails."""
+    part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    torch.save(optimizer.state_dict(), part / "optimizer.pt")
-    (part / "state.json").write_text(json.dumps(state))
-    for file in part.iterdir():  # on the disk before the name says so
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
-    for old in sorted((out / "checkpoint").glob("step-??????"))[:-2]:
+    try:
+        part.mkdir(parents=True)
+        yield part
+        (part / "SHA256SUMS").write_text(checksums(part))
+        for path in (*part.rglob("*"), part):
+            to_disk(path)
+        part.rename(folder)
+        to_disk(folder.parent)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if "(os error" in str(error):  # safetensors and tokenizers raise kinds of their own
+            raise OSError(str(error)) from error
+        raise
+
+
+def save_checkpoint(out: Path, model, tokenizer, optimizer, state: dict) -> None:
+    """checkpoint/step-NNNNNN: the model, the optimizer, and `state` as JSON.
+
+    No generator's state and no position in the data: both follow from (seed, step), see step_seed and
+    batch_of. No pickle: loading a checkpoint cannot run code.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise RunStopped(f"the weights are not finite after step {state['step']}: not saved; {BLOWN_UP}")
+    for path in out.glob("*.jsonl"):
+        to_disk(path)  # a checkpoint has all of its past behind it
+    folder = out / "checkpoint"
+    with written_aside(folder / f"step-{state['step']:06d}") as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        moments, groups = optimizer.state_dict().values()
+        flat = {f"{i}.{name}": x.contiguous() for i, of in moments.items() for name, x in of.items()}
+        save_file(flat, part / "optimizer.safetensors")
+        (part / "state.json").write_text(json.dumps(state | {"optimizer": groups}))
+    # Only now do older ones go: all but the last two and the best.
+    steps = sorted(folder.glob("step-??????"))
+    for old in {*steps[:-2], *folder.glob("*.part")} - {folder / f"step-{state['best'][1]:06d}"}:
         shutil.rmtree(old)
 
 
-def latest_checkpoint(out: Path) -> Path | None:
-    return max((out / "checkpoint").glob("step-??????"), default=None)
+def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
+    """The newest whole checkpoint and its state; (None, {}) if there is none. A damaged or half-written
+    one is named, and put aside or removed."""
+    for path in sorted((out / "checkpoint").glob("step-*"), reverse=True):
+        if path.suffix == ".part":
+            print(f"{path.stem} was not saved to its end: going on from the checkpoint before")
+            shutil.rmtree(path)
+        elif path.suffix == "":
+            sums = path / "SHA256SUMS"
+            if sums.is_file() and sums.read_bytes() == checksums(path).encode():
+                return path, json.loads((path / "state.json").read_text())
+            aside = path.with_suffix(".damaged")
+            print(f"{path.name} is damaged (see {aside}): going on from the checkpoint before")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    return None, {}
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -536,149 +665,116 @@ def smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
     return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
 
 
-def figure(rows: int, columns: int):
+@contextmanager
+def picture(path: Path, rows: int, columns: int):
+    """Axes to draw on; the file is there, whole, when the block has ended."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({
-        "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
-    })  # fmt: skip
-    return plt.subplots(rows, columns, figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
-
-
-def save_figure(fig, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    part = path.with_name(path.name + ".part")
-    fig.savefig(part, dpi=100, format="png")
-    part.replace(path)
+    bare = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+    plt.rcParams.update(bare | {"axes.titlesize": 11, "axes.titleweight": "bold"})
+    fig, axes = plt.subplots(rows, columns, figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
+    yield fig, axes
+    replace_file(path, lambda part: fig.savefig(part, dpi=100, format="png"))
     plt.close(fig)
 
 
-def draw_dashboard(out: Path) -> None:
-    """dashboard.png from the run's own files; a title says what its panel found."""
-    config = json.loads((out / "config.json").read_text())
-    rows, groups = read_rows(out / "metrics.jsonl"), read_rows(out / "groups.jsonl")
-    if not groups:
+def draw_dashboard(out: Path, epoch: int) -> None:
+    """dashboard.png from the run's own files; a title says what its panel found. epoch: in steps."""
+    config, rows = json.loads((out / "config.json").read_text()), read_rows(out / "metrics.jsonl")
+    lines = (out / "groups.jsonl").read_text(encoding="utf-8").splitlines()
+    if not lines:
         return
-    fig, ((a, b, c), (d, e, f)) = figure(2, 3)
-    fig.suptitle(
-        f"{Path(config['model']).name} on {Path(config['tasks']).name}: {config['allocator']}, "
-        f"{config['prompts']} prompts x {config['budget'] / config['prompts']:g} rollouts a step"
-    )
+    with picture(out / "dashboard.png", 2, 3) as (fig, ((a, b, c), (d, e, f))):
+        M, each = config["prompts"], config["budget"] / config["prompts"]
+        what = f"{Path(config['model']).name} on {Path(config['tasks']).name}: {config['allocator']}"
+        fig.suptitle(f"{what}, {M} prompts x {each:g} rollouts a step")
 
-    steps, reward_mean = column(rows, "reward_mean")
-    evaluated, success = column(rows, "eval_success")
-    _, se = column(rows, "eval_success_se")
-    a.plot(steps, reward_mean, color="#bbbbbb", lw=1)
-    a.plot(steps, smooth(reward_mean), color="#555555", label="training reward (mean over prompts)")
-    a.errorbar(evaluated, success, se, color="#0057a8", marker="o", ms=4, label="held-out success")
-    a.set(title=f"Held-out success {success[0]:.2f} → {success[-1]:.2f}", xlabel="step", ylim=(0, 1))
-    a.legend(loc="lower right")
+        (steps, reward_mean), (evaluated, success) = column(rows, "reward_mean"), column(rows, "eval_success")
+        a.plot(steps, reward_mean, color="#bbbbbb", lw=1)
+        a.plot(steps, smooth(reward_mean), color="#555555", label="training reward (mean over prompts)")
+        se = column(rows, "eval_success_se")[1]
+        a.errorbar(evaluated, success, se, color="#0057a8", marker="o", ms=4, label="held-out success")
+        a.set(title=f"Held-out success {success[0]:.2f} → {success[-1]:.2f}", xlabel="step", ylim=(0, 1))
 
-    _, by_rollout = column(rows, "effective_rollouts")
-    _, by_prompt = column(rows, "effective_prompts")
-    _, solved = column([r for r in rows if r["step"] > 0], "distinct_solved")
-    b.plot(steps, smooth(by_rollout), color="#0057a8", label="rollouts in mixed groups")
-    b.plot(steps, smooth(by_prompt), color="#d9741a", ls="--", label="prompts with a mixed group")
-    b.set(xlabel="step", ylabel="share", ylim=(0, 1))
-    b.set_title(f"{by_rollout.mean():.0%} of rollouts, {by_prompt.mean():.0%} of groups teach")
-    right = b.twinx()
-    right.plot(steps, solved, color="#7a7a7a", ls=":", label="prompts ever solved")
-    right.set(ylim=(0, None), ylabel="prompts ever solved")
-    right.grid(False)
-    lines = b.get_lines() + right.get_lines()
-    b.legend(lines, [line.get_label() for line in lines], loc="lower right", fontsize=8, frameon=True)
+        by_rollout, by_prompt = (column(rows, f"effective_{k}")[1] for k in ("rollouts", "prompts"))
+        solved = column(rows[1:], "distinct_solved")[1] / (epoch * M)
+        b.plot(steps, smooth(by_rollout), color="#0057a8", label="of rollouts: in a mixed group")
+        b.plot(steps, smooth(by_prompt), color="#d9741a", ls="--", label="of prompts: with a mixed group")
+        b.plot(steps, solved, color="#7a7a7a", ls=":", label="of training prompts: ever solved")
+        b.set(title=f"{by_rollout.mean():.0%} of rollouts, {by_prompt.mean():.0%} of groups teach")
+        b.set(xlabel="step", ylabel="share", ylim=(0, 1))
 
-    shares = [smooth(column(rows, k)[1]) for k in ("all_right", "effective_prompts", "all_wrong")]
-    c.stackplot(steps, shares, colors=["#cfe3cf", "#0057a8", "#4d4d4d"],
-                labels=["all right", "mixed", "all wrong"])  # fmt: skip
-    c.set(
-        title="Only mixed groups carry gradient",
-        xlabel="step",
-        ylabel="share of groups",
-        ylim=(0, 1),
-    )
-    c.legend(loc="lower right", frameon=True)
+        shares = [smooth(column(rows, k)[1]) for k in ("all_right", "effective_prompts", "all_wrong")]
+        names = ["all right", "mixed", "all wrong"]
+        c.stackplot(steps, shares, colors=["#cfe3cf", "#0057a8", "#4d4d4d"], labels=names)
+        c.set(title="Only mixed groups carry gradient", xlabel="step", ylabel="share of groups", ylim=(0, 1))
 
-    latest, second = (
-        {},
-        {},
-    )  # of each prompt: (estimate, count) newest; estimate after its first visit
-    seen: set[str] = set()
-    for g in groups:
-        for i, p, n in zip(g["ids"], g["estimate"], g["counts"], strict=True):
-            if i in seen:
-                second.setdefault(i, p)
-            seen.add(i)
-            latest[i] = (p, n)
-    p, n = np.array(list(latest.values())).T
-    d.scatter(p, n, s=10, alpha=0.5, color=LOOK[config["allocator"]]["color"])
-    d.axhline(config["budget"] / config["prompts"], color="#7a7a7a", ls=":", label="uniform")
-    d.set(title=f"Rollouts given, {n.min():.0f} to {n.max():.0f} a prompt", xlim=(0, 1),
-          xlabel="estimated success (newest visit)", ylabel="rollouts")  # fmt: skip
-    d.set_yscale("log", base=2)
-    d.yaxis.set_major_formatter("{x:g}")
-    d.legend()
+        # Of each prompt: estimate and count at its newest visit; the estimate at its second.
+        # Two epochs' rows hold every newest visit: a long run's file need not be parsed as a whole.
+        newest, second = {}, {}
+        for g in map(json.loads, lines[-2 * epoch :]):
+            newest |= zip(g["ids"], zip(g["estimate"], g["counts"], strict=True), strict=True)
+        for g in map(json.loads, lines[epoch : 2 * epoch]):
+            second |= zip(g["ids"], g["estimate"], strict=True)
+        p, n = np.array(list(newest.values())).T
+        d.scatter(p, n, s=10, alpha=0.5, color=LOOK[config["allocator"]]["color"])
+        d.axhline(each, color="#7a7a7a", ls=":", label="uniform")
+        d.set(title=f"Rollouts given, {n.min():.0f} to {n.max():.0f} a prompt", xlim=(0, 1))
+        d.set(xlabel="estimated success (newest visit)", ylabel="rollouts")
+        d.set_yscale("log", base=2)
+        d.yaxis.set_major_formatter("{x:g}")
 
-    bins = np.linspace(0, 1, 21)
-    if second:
-        e.hist(list(second.values()), bins, color="#c9c9c9", label="after the first visit")
-        e.hist(
-            [latest[i][0] for i in second],
-            bins,
-            histtype="step",
-            lw=2,
-            color="#0057a8",
-            label="now",
-        )
-        e.legend()
-        before, now = np.mean(list(second.values())), np.mean([latest[i][0] for i in second])
-        e.set_title(f"Estimated success {before:.2f} → {now:.2f}")
-    else:
-        e.set_title("First epoch: nothing estimated yet")
-    e.set(xlabel="estimated success", ylabel="prompts")
+        before, now, bins = list(second.values()), [newest[i][0] for i in second], np.linspace(0, 1, 21)
+        e.hist(before, bins, color="#c9c9c9", label="after the first visit")
+        e.hist(now, bins, histtype="step", lw=2, color="#0057a8", label="now")
+        e.set(title="First epoch: nothing estimated yet", xlabel="estimated success", ylabel="prompts")
+        if second:
+            e.set_title(f"Estimated success {np.mean(before):.2f} → {np.mean(now):.2f}")
 
-    names = sorted({k for r in rows for k in r if k.startswith("time_") and "per_second" not in k})
-    seconds = {k[5:]: sum(r.get(k) or 0 for r in rows) for k in names}
-    seconds = dict(sorted(seconds.items(), key=lambda item: item[1]))
-    f.barh(list(seconds), list(seconds.values()), color="#0057a8")
-    biggest = list(seconds)[-1]
-    f.set(title=f"{sum(seconds.values()):.0f} seconds, most of them: {biggest}", xlabel="seconds")
-    save_figure(fig, out / "dashboard.png")
+        names = {k for r in rows for k in r if k.startswith("time_") and "per_second" not in k}
+        seconds = sorted((sum(r.get(k) or 0 for r in rows), k[5:]) for k in names)
+        f.barh([k for _, k in seconds], [s for s, _ in seconds], color="#0057a8")
+        total = sum(s for s, _ in seconds)
+        f.set(title=f"{total:.0f} seconds, most of them: {seconds[-1][1]}", xlabel="seconds")
+        for axis, place in zip(
+            (a, b, c, d, e), ["lower right"] * 3 + ["upper right", "upper center"], strict=True
+        ):
+            axis.legend(loc=place, fontsize=8)
 
 
 def draw_comparison(runs: list[Path], path: Path) -> None:
     """Several runs on one picture, against rollouts spent: equal compute stands above equal compute."""
-    fig, axes = figure(2, 2)
-    panels = [("eval_success", "Held-out success"), ("effective_rollouts", "Rollouts in mixed groups"),
-              ("effective_prompts", "Prompts with a mixed group"),
-              ("distinct_solved", "Prompts ever solved")]  # fmt: skip
-    # The look is the allocator's, the marker the run's.
-    for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
-        config, rows = (
-            json.loads((run / "config.json").read_text()),
-            read_rows(run / "metrics.jsonl"),
-        )
-        for axis, (name, title) in zip(axes.flat, panels, strict=True):
-            steps, values = column(rows, name)
-            if name.startswith("effective"):
-                values = smooth(values)
-            look = LOOK[config["allocator"]] | {"marker": marker, "markersize": 4}
-            label = f"{config['allocator']} ({run.name})"
-            spent = steps * config["budget"]
-            if name == "eval_success":
-                axis.errorbar(spent, values, column(rows, "eval_success_se")[1], label=label, **look)
-            else:
-                axis.plot(spent, values, markevery=max(1, len(spent) // 8), **look)
-            axis.set(title=title, xlabel="rollouts spent")
-    for axis in axes.flat:  # once all runs are drawn, or the first one would fix the top
-        axis.set_ylim(bottom=0)
-    axes[0, 0].legend(loc="lower right")
-    save_figure(fig, path)
+    for run in runs:
+        whole = (run / "config.json").is_file() and len(read_rows(run / "metrics.jsonl")) > 1
+        need(whole, f"--compare {run}: no config.json and metrics.jsonl of at least one step there")
+    need(path.parent.is_dir() and not path.is_dir(), f"--out {path}: name a picture in a folder that exists")
+    panels = {
+        "eval_success": "Held-out success",
+        "effective_rollouts": "Rollouts in mixed groups",
+        "effective_prompts": "Prompts with a mixed group",
+        "distinct_solved": "Prompts ever solved",
+    }
+    with picture(path, 2, 2) as (_, axes):
+        # The look is the allocator's, the marker the run's.
+        for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
+            c, rows = json.loads((run / "config.json").read_text()), read_rows(run / "metrics.jsonl")
+            look = LOOK[c["allocator"]] | {"marker": marker, "markersize": 4}
+            for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+                steps, values = column(rows, name)
+                spent = steps * c["budget"]
+                if name == "eval_success":
+                    se = column(rows, "eval_success_se")[1]
+                    axis.errorbar(spent, values, se, label=f"{c['allocator']} ({run.name})", **look)
+                else:
+                    values = smooth(values) if name.startswith("effective") else values
+                    axis.plot(spent, values, markevery=max(1, len(spent) // 8), **look)
+                axis.set(title=title, xlabel="rollouts spent")
+        for axis in axes.flat:  # once all runs are drawn, or the first one would fix the top
+            axis.set_ylim(bottom=0)
+        axes[0, 0].legend(loc="lower right")
 
 
 # ------------------------------------------------------------------------------------ entry point
@@ -690,11 +786,11 @@ def prepare(c: Config) -> tuple[list, list]:
     evaluate.resolve_model(c.model)
     tasks = reward.load_tasks(c.tasks)
     n_held_out = c.held_out or min(256, len(tasks) // 5)
-    if n_held_out == 0 or n_held_out + c.prompts > len(tasks):
-        raise ValueError(
-            f"--tasks {c.tasks}: {len(tasks)} tasks are too few for {c.prompts} prompts a step and "
-            f"{n_held_out} held out: lower --prompts or --held-out, or bring more tasks"
-        )
+    need(
+        0 < n_held_out <= len(tasks) - c.prompts,
+        f"--tasks {c.tasks}: {len(tasks)} tasks are too few for {c.prompts} prompts a step and {n_held_out} "
+        "held out: lower --prompts or --held-out, or bring more tasks",
+    )
     train_tasks, held_out = reward.split_held_out(tasks, n_held_out, seed=0)  # one split for every seed
     # Whole batches only, so that after the first epoch every prompt has been seen.
     left_over = len(train_tasks) % c.prompts
@@ -706,10 +802,11 @@ def prepare(c: Config) -> tuple[list, list]:
 def run_folder(c: Config, wanted: Path | None) -> Path:
     """A folder without a run in it: the one asked for, or a free name under runs/."""
     if wanted is not None:
-        if (wanted / "config.json").exists():
-            raise ValueError(f"--out {wanted} already holds a run: choose another, or --resume {wanted}")
-        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-            raise ValueError(f"--out {wanted} is there already and is not an empty folder: choose another")
+        free = not wanted.exists() or (wanted.is_dir() and not any(wanted.iterdir()))
+        need(
+            free,
+            f"--out {wanted} is not an empty folder: choose another, or --resume {wanted} if it is a run",
+        )
         return wanted
     name = f"{Path(c.model).name}-{c.allocator}-seed{c.seed}"
     names = [name, *(f"{name}-{k}" for k in range(2, 10_000))]
@@ -723,20 +820,15 @@ def main(argv=None) -> None:
     try:
         c, args = parse_args(argv)
         if args.compare:
-            for run in args.compare:
-                if not (run / "metrics.jsonl").is_file():
-                    raise ValueError(f"--compare {run}: no metrics.jsonl there")
             draw_comparison(args.compare, args.out or Path("compare.png"))
             print(f"drew {args.out or 'compare.png'}")
             return
         if args.resume:
-            out = args.resume
-            if not (out / "config.json").is_file():
-                raise ValueError(f"--resume {out}: no config.json there, so no run to go on with")
-            try:
-                c = Config(**json.loads((out / "config.json").read_text()))
-            except TypeError as error:
-                raise ValueError(f"{out}/config.json is not of this version: {error}") from error
+            c, out = read_config(args.resume), args.resume
+            different = differences(asdict(c), args.given)
+            need(not different, f"--resume {out}: the run has {different}: drop that, or start a new run")
+            trusted = args.given.get("trust_remote_code") or not c.trust_remote_code
+            need(trusted, f"--resume {out}: it runs the model's own code: if you trust it, say so again")
             if (out / "final").is_dir():
                 print(f"{out} is finished: nothing to resume")
                 return
@@ -744,20 +836,33 @@ def main(argv=None) -> None:
         if not args.resume:
             out = run_folder(c, args.out)
             out.mkdir(parents=True, exist_ok=True)
-            fresh = True
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2) + "\n")
-        parts = set_up(c, out, train_tasks + held_out)
+            fresh, text = True, json.dumps(asdict(c), indent=2) + "\n"
+            replace_file(out / "config.json", lambda part: part.write_text(text))
+        _locked = lock(out)  # until this process ends
+        checkpoint, state = newest_checkpoint(out)
+        tasks = hashlib.sha256(repr(train_tasks + held_out).encode()).hexdigest()
+        state = {"config": asdict(c), "tasks": tasks} | state  # of the checkpoint, where it says
+        different = differences(state["config"], asdict(c))
+        need(not different, f"{out}/config.json has changed: the checkpoint has {different}: put it back")
+        need(
+            state["tasks"] == tasks,
+            f"--tasks {c.tasks} has changed since {checkpoint}: put the old ones back",
+        )
+        parts = set_up(c, out, train_tasks + held_out, checkpoint)
+        rows = cut_back(out, state.get("step", -1))
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if fresh:  # nothing has run: leave no folder that looks as if
-            (out / "config.json").unlink(missing_ok=True)
-            out.rmdir()  # it was empty when we came
+            shutil.rmtree(out, ignore_errors=True)  # it was empty when we came
         if isinstance(error, KeyboardInterrupt):
             sys.exit("interrupted before the first step")
         sys.exit(f"train.py: error: {error}")
     try:
-        train(c, out, train_tasks, held_out, *parts)
+        train(c, out, train_tasks, held_out, *parts, checkpoint, state, rows)
     except KeyboardInterrupt:
         sys.exit(f"interrupted; go on with: python train.py --resume {out}")
+    except OSError as error:
+        go_on = f"make room, then python train.py --resume {out}"
+        sys.exit(f"train.py: stopped: a write failed ({error}); the last checkpoint is whole: {go_on}")
     except (RunStopped, FloatingPointError) as error:
         sys.exit(f"train.py: stopped: {error}")
 

@@ -1,15 +1,12 @@
-"""train.py through its real command line, on the embedded model: files, rows, resume, errors."""
+"""train.py through its real command line, on the embedded model: files and rows."""
 
 import filecmp
 import json
 import math
 import os
 import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,11 +30,6 @@ def rows(path):
     text = path.read_text()
     assert text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
-
-
-def repeatable(row):
-    """A metrics row without what differs between two identical runs."""
-    return {k: v for k, v in row.items() if not k.startswith(("time_", "mem_")) and k != "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +116,9 @@ def test_files(runs):
     assert config["allocator"] == "knapsack" and config["budget"] == 96 and config["lr"] > 0
     assert (run / "dashboard.png").read_bytes().startswith(b"\x89PNG")
     names = sorted(path.name for path in (run / "checkpoint").iterdir())
-    assert names == ["step-000004", "step-000006"]  # the last two
+    evaluated = {m["step"]: m["eval_success"] for m in rows(run / "metrics.jsonl")[1:]}
+    best = 3 if evaluated[3] >= evaluated[6] else 6
+    assert names == sorted({f"step-{step:06d}" for step in (4, 6, best)})  # the last two and the best
     assert not list(run.rglob("*.part"))
 
 
@@ -145,158 +139,6 @@ def test_compare_draws_one_picture(runs, tmp_path):
     done = train("--compare", *runs.values(), "--out", tmp_path / "both.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-
-
-# ------------------------------------------------------------------------------------- resuming
-
-
-def assert_same_run(one, other):
-    """The same rows and, to the bit, the same weights."""
-    for name in ("metrics.jsonl", "groups.jsonl"):
-        a, b = ([repeatable(r) for r in rows(run / name)] for run in (one, other))
-        assert a == b
-    assert filecmp.cmp(one / "final/model.safetensors", other / "final/model.safetensors", shallow=False)
-
-
-def test_resume_before_the_first_checkpoint(runs, tmp_path):
-    """A run that died while loading has a config.json and nothing else; also: same seed, same run."""
-    shutil.copy(runs["knapsack"] / "config.json", tmp_path)
-    done = train("--resume", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(runs["knapsack"], tmp_path)
-
-
-SLOW_TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)  # the same handler as Ctrl-C
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, SLOW_TERM, signal.SIGKILL])
-def test_interrupted_runs_resume_to_the_same_result(runs, tmp_path, tasks_file, sent):
-    """Catches: optimizer, tracker or solved set not restored, a random stream that went on, doubled
-    rows. Ctrl-C and a polite kill end with a checkpoint and a sentence; a hard kill loses two steps."""
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(*FLAGS, "--tasks", tasks_file, "--out", out),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (out / "checkpoint" / "step-000002").exists():
-            break
-        time.sleep(0.02)
-    process.send_signal(sent)
-    stdout, stderr = process.communicate(timeout=120)
-    if sent == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 130, stderr
-        assert "go on with: python train.py --resume" in stdout and "Traceback" not in stderr
-        stopped = int(stdout.split("stopped after step ")[1].split(";")[0])
-        assert (out / "checkpoint" / f"step-{stopped:06d}" / "state.json").exists()
-    assert not (out / "final").exists()
-    done = train("--resume", out)
-    assert done.returncode == 0, done.stderr
-    assert "resuming after step" in done.stdout
-    assert_same_run(runs["knapsack"], out)
-
-
-def test_a_finished_run_is_left_alone(runs):
-    before = (runs["paper"] / "metrics.jsonl").read_bytes()
-    done = train("--resume", runs["paper"])
-    assert done.returncode == 0 and "nothing to resume" in done.stdout
-    assert (runs["paper"] / "metrics.jsonl").read_bytes() == before
-
-
-# --------------------------------------------------------------------------------------- errors
-
-
-def write(path, text):
-    path.write_text(text)
-    return path
-
-
-BAD = {
-    "budget below n_min": (["--prompts", "64", "--budget", "127"], "raise --budget, or lower --n-min"),
-    "budget above n_max": (["--prompts", "4", "--budget", "513"], "lower --budget, or raise --n-max"),
-    "n_min above n_max": (["--n-min", "9", "--n-max", "8"], "--n-min 9 is above --n-max 8"),
-    "n_min of zero": (["--n-min", "0"], "--n-min 0: must be above 0"),
-    "no steps": (["--steps", "0"], "--steps 0: must be above 0"),
-    "a learning rate that is not a number": (["--lr", "nan"], "--lr nan: must be above 0"),
-    "temperature of zero": (["--temperature", "0"], "--temperature 0.0: must be above 0"),
-    "a negative seed": (["--seed", "-1"], "--seed -1: must not be negative"),
-    "clip of one": (["--clip-low", "1"], "must lie below 1"),
-    "an allocator nobody wrote": (["--allocator", "magic"], "invalid choice: 'magic'"),
-    "a flag nobody wrote": (["--learning-rate", "1"], "unrecognized arguments"),
-    "an unknown model": (["--model", "gpt"], "--model gpt: neither tiny, nor a folder, nor a hub id"),
-    "a folder without a model": (["--model", "/"], "not a folder with a config.json"),
-    "unknown tasks": (["--tasks", "sums"], "neither a file nor one of arithmetic, gsm8k"),
-    "a missing file": (["--tasks", "no/such.jsonl"], "no/such.jsonl"),
-    "a resumed run that is not there": (["--resume", "no/such/run"], "no config.json there"),
-    "resume with another flag": (["--resume", "x", "--lr", "1"], "give no other flag"),
-    "compare without a run": (["--compare", "no/such/run"], "no metrics.jsonl there"),
-    "more prompts than tasks": (["--prompts", "2000", "--budget", "8000"], "bring more tasks"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_flags_get_one_line(case, tmp_path):
-    flags, says = BAD[case]
-    done = train(*flags, cwd=tmp_path)
-    assert done.returncode not in (0, None)
-    last = done.stderr.strip().splitlines()[-1]
-    assert says in last, done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())  # nothing was written
-
-
-FILES = {
-    "no JSON": ('{"prompt": "1+1=", "answer": "2"}\noops\n', "line 2"),
-    "no answer": ('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": "1+2="}\n', "line 3"),
-    "a number for a prompt": ('{"prompt": 7, "answer": "2"}\n', "line 1"),
-    "an id twice": ('{"id": "a", "prompt": "1+1=", "answer": "2"}\n' * 2, "'a'"),
-    "nothing": ("", "tasks.jsonl"),
-}
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_bad_task_files_name_the_line(case, tmp_path):
-    text, says = FILES[case]
-    path = write(tmp_path / "tasks.jsonl", text)
-    done = train("--tasks", path, cwd=tmp_path)
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1 and says in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
-
-
-def test_a_folder_with_a_run_is_not_overwritten(runs):
-    before = (runs["uniform"] / "config.json").read_bytes()
-    done = train("--out", runs["uniform"])
-    assert done.returncode == 1 and "already holds a run" in done.stderr
-    assert (runs["uniform"] / "config.json").read_bytes() == before
-
-
-def test_a_prompt_longer_than_the_limit(tmp_path):
-    lines = [json.dumps({"prompt": "1+" * 40 + f"{i}=", "answer": str(40 + i)}) for i in range(100)]
-    path = write(tmp_path / "long.jsonl", "\n".join(lines) + "\n")
-    done = train("--tasks", path, "--out", tmp_path / "run")
-    assert done.returncode == 1 and "raise --max-prompt-tokens" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-
-
-def test_a_folder_with_other_things_is_not_used(tmp_path):
-    """Catches: starting from a checkpoint somebody left there, or failing at the very end."""
-    (tmp_path / "checkpoint").mkdir()
-    done = train("--out", tmp_path)
-    assert done.returncode == 1 and "is not an empty folder" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-
-def test_damaged_weights_are_one_line_and_leave_no_folder(tmp_path):
-    shutil.copytree(ROOT / "tutorial" / "tiny_model", tmp_path / "model")
-    weights = tmp_path / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    done = train("--model", tmp_path / "model", "--tasks", "arithmetic", "--out", tmp_path / "run")
-    assert done.returncode == 1 and "cannot be loaded" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_checks_come_before_torch():

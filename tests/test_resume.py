@@ -1,0 +1,240 @@
+"""Nothing is lost: kills, damaged checkpoints, failed writes; then the same end as if nothing had been."""
+
+import fcntl
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+
+import pytest
+import stress_resume
+from stress_resume import EVAL_EVERY, ROOT, STEPS, differences, disturb, n_rows, rows, start
+
+import train
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """A run that nobody disturbed, through the real command line."""
+    out = tmp_path_factory.mktemp("calm") / "run"
+    _, stderr = (process := start(out)).communicate()
+    assert process.returncode == 0, stderr
+    return out
+
+
+@pytest.fixture
+def main(capsys):
+    """train.main in this process, which has imported torch once: (exit, stdout)."""
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*flags):
+        try:
+            train.main([str(f) for f in flags])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().out
+
+    yield run
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def broken_off(calm, tmp_path):
+    """A copy of the run as a kill just after its last checkpoint leaves it."""
+    shutil.copytree(calm, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    return tmp_path / "run"
+
+
+def checkpoints(out):
+    return sorted((out / "checkpoint").glob("step-??????"))
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+
+def test_resume_before_the_first_checkpoint(calm, main, tmp_path):
+    """A run that died while loading has a config.json and nothing else; also: same seed, same files."""
+    shutil.copy(calm / "config.json", tmp_path)
+    code, _ = main("--resume", tmp_path)
+    assert code == 0 and differences(calm, tmp_path) == []
+    a, b = (train.checksums(run / "final") for run in (calm, tmp_path))
+    assert a == b
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_resumes_to_the_same_end(calm, tmp_path, sent):
+    """Catches: optimizer, tracker or best not restored, a random stream that went on, doubled rows.
+    Ctrl-C ends with a checkpoint and a sentence; a hard kill loses what came after the last one."""
+    out = tmp_path / "run"
+    process = start(out)
+    stress_resume.wait_for("some rows later", process, out, random.Random(1), 0)
+    process.send_signal(sent)
+    stdout, stderr = process.communicate(timeout=300)
+    if sent == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130, stderr
+        assert "go on with: python train.py --resume" in stdout and "Traceback" not in stderr
+        stopped = int(stdout.split("stopped after step ")[1].split(";")[0])
+        assert checkpoints(out)[-1].name == f"step-{stopped:06d}"
+    assert not (out / "final").exists() and n_rows(out) <= STEPS
+    assert disturb(out, random.Random(0), 0, 0) == []
+    assert differences(calm, out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_runs_killed_again_and_again(calm, tmp_path, seed):
+    """Kills at random moments, during saves and evaluations among them; tests/stress_resume.py does 100."""
+    killed = disturb(tmp_path / "run", random.Random(seed), 7, launch_seconds=8)
+    assert differences(calm, tmp_path / "run") == []
+    assert len(killed) >= 5
+
+
+def test_a_finished_run_is_left_alone(calm, main):
+    before = train.checksums(calm)
+    code, said = main("--resume", calm, "--steps", STEPS, "--out", calm)  # its own flags are no contradiction
+    assert code == 0 and "nothing to resume" in said
+    assert train.checksums(calm) == before
+
+
+def test_a_run_in_use_is_left_alone(broken_off, main):
+    with (broken_off / "config.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = train.checksums(broken_off)
+        error, _ = main("--resume", broken_off)
+        assert "another train.py is at work on this run" in error
+        assert train.checksums(broken_off) == before
+
+
+# ---------------------------------------------------------------------------------------- damage
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a bit of the weights": lambda c: flip(c / "model.safetensors"),
+    "a bit of the moments": lambda c: flip(c / "optimizer.safetensors"),
+    "a bit of the state": lambda c: flip(c / "state.json"),
+    "a bit of the tokenizer": lambda c: flip(c / "tokenizer.json"),
+    "a bit of the sums": lambda c: flip(c / "SHA256SUMS"),
+    "weights cut short": lambda c: (c / "model.safetensors").write_bytes(b""),
+    "no moments": lambda c: (c / "optimizer.safetensors").unlink(),
+    "no sums": lambda c: (c / "SHA256SUMS").unlink(),
+    "sums cut at a line": lambda c: (c / "SHA256SUMS").write_text(
+        "".join((c / "SHA256SUMS").read_text().splitlines(True)[:-1])
+    ),
+    "sums of a file elsewhere": lambda c: (
+        (c / "SHA256SUMS").open("a").write(f"{'0' * 64}  ../../config.json\n")
+    ),
+    "a code-carrying stranger": lambda c: (c / "optimizer.pt").write_bytes(b"\x80\x04."),
+    "half-written": lambda c: c.rename(c.with_suffix(".part")),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_recognised_and_the_one_before_is_used(broken_off, case, capsys):
+    last, before = checkpoints(broken_off)[-1], checkpoints(broken_off)[-2]
+    DAMAGE[case](last)
+    found, state = train.newest_checkpoint(broken_off)
+    assert found == before and state["step"] == int(before.name[5:])
+    said = capsys.readouterr().out
+    assert last.name in said and "going on from the checkpoint before" in said
+    assert not last.exists()  # so that the step can be saved again
+    assert train.newest_checkpoint(broken_off)[0] == before and capsys.readouterr().out == ""
+
+
+def test_a_whole_checkpoint_is_whole_for_sha256sum_too(calm):
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=checkpoints(calm)[-1], capture_output=True)
+    assert (
+        done.returncode == 0 and done.stdout.count(b": OK") == len(list(checkpoints(calm)[-1].iterdir())) - 1
+    )
+
+
+def test_resume_from_damage_ends_the_same(calm, broken_off, main):
+    """The newest checkpoint damaged, a row torn, one row too many: still the same run, to the bit."""
+    flip(checkpoints(broken_off)[-1] / "optimizer.safetensors")
+    for name in ("metrics", "groups"):
+        with (broken_off / f"{name}.jsonl").open("a") as file:
+            file.write('{"step": 99, "reward_')
+    code, said = main("--resume", broken_off)
+    assert code == 0 and "is damaged" in said and "resuming after step 6" in said
+    assert differences(calm, broken_off) == []
+
+
+def test_missing_rows_are_not_made_up(broken_off, main):
+    lines = (broken_off / "metrics.jsonl").read_text().splitlines(True)
+    (broken_off / "metrics.jsonl").write_text("".join(lines[:4] + lines[5:]))
+    error, _ = main("--resume", broken_off)
+    assert "metrics.jsonl lacks steps before the checkpoint" in error
+
+
+def test_checkpoints_hold_no_pickle(calm):
+    """Catches: a file that runs code when it is loaded."""
+    for path in (calm / "checkpoint").rglob("*"):
+        assert path.is_dir() or path.suffix in (".json", ".safetensors") or path.name == "SHA256SUMS"
+    for name in ("train.py", "evaluate.py", "rollout.py", "grpo.py", "knapsack.py", "reward.py"):
+        text = (ROOT / name).read_text()
+        assert not any(word in text for word in ("torch.load(", "import pickle", "eval(", "exec("))
+
+
+# ------------------------------------------------------------------------------------ failed writes
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(calm, broken_off, main):
+    """Files may not grow above a megabyte for a while, as on a full disk: the weights have two."""
+    for path in checkpoints(broken_off)[-1:]:
+        shutil.rmtree(path)
+    before = {path: train.checksums(path) for path in checkpoints(broken_off)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        error, _ = main("--resume", broken_off)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "a write failed" in error and "File too large" in error and "\n" not in error
+    assert f"make room, then python train.py --resume {broken_off}" in error
+    assert {path: train.checksums(path) for path in checkpoints(broken_off)} == before
+    assert not list(broken_off.rglob("*.part")) and not (broken_off / "final").exists()
+    code, _ = main("--resume", broken_off)
+    assert code == 0 and differences(calm, broken_off) == []
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    """Catches: the best deleted, or older ones before the new one is there. The best is step 2."""
+    import torch
+
+    class Part:
+        def save_pretrained(self, folder):
+            assert [path.name for path in checkpoints(tmp_path)] == held  # nothing has gone yet
+            (folder / "weights").write_text("w")
+
+        def parameters(self):
+            return [torch.zeros(1)]
+
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    kept = []
+    for step in range(1, 6):
+        held = [path.name for path in checkpoints(tmp_path)]
+        state = {"step": step, "best": (0.5, min(step, 2))}
+        train.save_checkpoint(tmp_path, Part(), Part(), optimizer, state)
+        kept.append([int(path.name[5:]) for path in checkpoints(tmp_path)])
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]
+
+
+def test_the_best_is_the_best(calm):
+    evaluated = {r["step"]: r["eval_success"] for r in rows(calm / "metrics.jsonl")[1:] if r["eval_success"]}
+    assert set(evaluated) == set(range(EVAL_EVERY, STEPS + 1, EVAL_EVERY))
+    best = max(evaluated, key=evaluated.get)  # of equal ones the first
+    assert (calm / "checkpoint" / f"step-{best:06d}").is_dir()
+    state = json.loads((checkpoints(calm)[-1] / "state.json").read_text())
+    assert state["best"] == [evaluated[best], best]

@@ -1,0 +1,118 @@
+"""Numerical trouble is seen, named, and survived or ended with advice: each test provokes one kind."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import rollout
+import train
+
+SMALL = ["--prompts", 4, "--budget", 16, "--held-out", 8, "--eval-samples", 1, "--engine", "hf"]
+
+
+@pytest.fixture
+def main(capsys):
+    """train.main in this process: (exit, stdout)."""
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*flags):
+        try:
+            train.main([str(f) for f in flags])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().out
+
+    yield run
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def file_of(path, answer):
+    """Forty sums of two digits below ten, with answer(sum) for an answer."""
+    sums = [(a, b) for a in range(1, 10) for b in range(1, 10) if a + b < 10]
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(answer(a + b))} for a, b in sums]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_silent_batches_end_the_run_with_advice(main, tmp_path):
+    """No answer is ever right: no group is mixed, no step is taken, and hours would pass."""
+    out, tasks = tmp_path / "run", file_of(tmp_path / "tasks.jsonl", lambda total: total + 100)
+    error, _ = main(*SMALL, "--tasks", tasks, "--out", out, "--steps", 50)
+    assert "every group was silent, 0% all right" in error and "bring easier tasks" in error
+    last = (out / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == train.PATIENCE
+    assert train.newest_checkpoint(out)[1]["step"] == train.PATIENCE  # what was learned before is not lost
+    assert not (out / "final").exists()
+
+
+def test_responses_that_are_all_cut_are_said_once_and_survived(main, tmp_path):
+    """One token is enough for a sum below ten, so this may be meant: a warning, and the run goes on."""
+    out, tasks = tmp_path / "run", file_of(tmp_path / "tasks.jsonl", lambda total: total)
+    code, said = main(*SMALL, "--tasks", tasks, "--out", out, "--steps", 22, "--max-new-tokens", 1)
+    assert code == 0
+    assert said.count("every response was cut at --max-new-tokens") == 1
+
+
+def test_entropy_collapse_is_said(main, tmp_path):
+    """The embedded model with logits a thousand times as large: it always says the same."""
+    shutil.copytree(evaluate.TINY, tmp_path / "sure")
+    weights = load_file(tmp_path / "sure" / "model.safetensors")
+    weights["model.norm.weight"] *= 1000
+    save_file(weights, tmp_path / "sure" / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--model", tmp_path / "sure", "--tasks", "arithmetic", "--max-new-tokens", 40, "--steps", 20]
+    _, said = main(*SMALL, *flags, "--out", tmp_path / "run")
+    assert said.count("the entropy was below 0.001 nats") == 1
+
+
+def row(**changes):
+    return {"all_right": 0.5, "effective_rollouts": 0.2, "truncated": 0.1, "entropy": 0.3} | changes
+
+
+def test_one_good_step_is_no_trouble():
+    """Catches: a warning for a single bad batch, and one before there are enough of them."""
+    bad = row(effective_rollouts=0, truncated=1, entropy=0, all_right=1)
+    assert set(train.trouble([bad] * train.PATIENCE)) == {"silent", "truncated", "collapsed"}
+    assert "bring harder tasks" in train.trouble([bad] * train.PATIENCE)["silent"]
+    assert train.trouble([bad] * (train.PATIENCE - 1)) == {}
+    assert train.trouble([bad] * (train.PATIENCE - 1) + [row()]) == {}
+
+
+def test_weights_that_blow_up_are_named_and_not_saved(main, tmp_path):
+    """A learning rate of 1e30: the first step throws the weights out of range."""
+    error, _ = main(*SMALL, "--out", tmp_path / "run", "--steps", 9, "--lr", 1e30, "--save-every", 1)
+    assert "training has blown up: start again with a lower --lr" in error and "\n" not in error
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    import torch
+
+    model = torch.nn.Linear(2, 2)
+    model.weight.data[0, 0] = float("nan")
+    with pytest.raises(train.RunStopped, match="the weights are not finite after step 7: not saved"):
+        train.save_checkpoint(tmp_path, model, None, None, {"step": 7})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sampler_with_other_weights_ends_the_run(main, tmp_path, monkeypatch):
+    """The sampler says every token was a nat likelier than the trainer says: it is another policy."""
+    honest = rollout.HFSampler.sample
+
+    def stale(self, prompts, counts, seed):
+        rollouts = honest(self, prompts, counts, seed)
+        return [
+            rollout.Rollout(r.group, r.prompt_ids, r.response_ids, tuple(np.array(r.logprobs) + 1), r.text)
+            for r in rollouts
+        ]
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", stale)
+    error, _ = main(*SMALL, "--out", tmp_path / "run", "--steps", 3)
+    assert error.startswith("train.py: stopped: the sampler's log-probs are 1 nats from the trainer's")
+    assert "\n" not in error and not (tmp_path / "run" / "final").exists()
