@@ -261,7 +261,7 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
         print(f"resuming after step {state['step']}")
     first = state.get("step", 0) + 1
     epoch = len(train_tasks) // c.prompts  # in steps
-    recent, warned = deque(rows[1:], maxlen=PATIENCE), set()
+    recent, warned = deque((r for r in rows if r["step"] > 0), maxlen=PATIENCE), set()
     stop, clock, verifier = StopRequest(), Clock(), reward.Verifier()
 
     def held_out_success() -> dict[str, float]:
@@ -513,15 +513,17 @@ class StopRequest:
 # ------------------------------------------------------------------------------------ run folders
 
 
+def each_row(path: Path):
+    """The rows of a JSON Lines file, one by one; a last line that a crash cut short is left out."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def read_rows(path: Path) -> list[dict]:
-    """The whole lines of a JSON Lines file; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is torn
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    return list(each_row(path)) if path.exists() else []
 
 
 def replace_file(path: Path, write) -> None:
@@ -536,17 +538,21 @@ def append(path: Path, row: dict) -> None:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def cut_back(out: Path, last_step: int) -> list[dict]:
+def cut_back(out: Path, last_step: int) -> deque[dict]:
     """metrics.jsonl and groups.jsonl without the steps after `last_step`, which will be done again (-1: all
-    of them). Returns the metrics rows that are left."""
+    of them). Returns the newest metrics rows that are left."""
     for name, first in (("groups", 1), ("metrics", 0)):
-        path = out / f"{name}.jsonl"
-        rows = [row for row in read_rows(path) if row["step"] <= last_step]
-        whole = [row["step"] for row in rows] == list(range(first, last_step + 1))
+        path, steps, newest = out / f"{name}.jsonl", [], deque(maxlen=PATIENCE)
+        path.touch()
+        for row in each_row(path):
+            if row["step"] <= last_step:
+                steps.append(row["step"])
+                newest.append(row)
+        whole = steps == list(range(first, last_step + 1))
         need(whole, f"{path} lacks steps before the checkpoint: put it back, or start a new run")
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        replace_file(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
-    return rows
+        with path.open("r+b") as file:
+            file.truncate(sum(len(file.readline()) for _ in steps))
+    return newest
 
 
 def lock(out: Path):
@@ -684,8 +690,10 @@ def picture(path: Path, rows: int, columns: int):
 def draw_dashboard(out: Path, epoch: int) -> None:
     """dashboard.png from the run's own files; a title says what its panel found. epoch: in steps."""
     config, rows = json.loads((out / "config.json").read_text()), read_rows(out / "metrics.jsonl")
-    lines = (out / "groups.jsonl").read_text(encoding="utf-8").splitlines()
-    if not lines:
+    with (out / "groups.jsonl").open(encoding="utf-8") as file:
+        head = list(itertools.islice(file, 2 * epoch))
+        tail = deque(itertools.chain(head, file), maxlen=2 * epoch)
+    if not head:
         return
     with picture(out / "dashboard.png", 2, 3) as (fig, ((a, b, c), (d, e, f))):
         M, each = config["prompts"], config["budget"] / config["prompts"]
@@ -715,9 +723,9 @@ def draw_dashboard(out: Path, epoch: int) -> None:
         # Of each prompt: estimate and count at its newest visit; the estimate at its second.
         # Two epochs' rows hold every newest visit: a long run's file need not be parsed as a whole.
         newest, second = {}, {}
-        for g in map(json.loads, lines[-2 * epoch :]):
+        for g in map(json.loads, tail):
             newest |= zip(g["ids"], zip(g["estimate"], g["counts"], strict=True), strict=True)
-        for g in map(json.loads, lines[epoch : 2 * epoch]):
+        for g in map(json.loads, head[epoch:]):
             second |= zip(g["ids"], g["estimate"], strict=True)
         p, n = np.array(list(newest.values())).T
         d.scatter(p, n, s=10, alpha=0.5, color=LOOK[config["allocator"]]["color"])
