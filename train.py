@@ -123,9 +123,8 @@ def parse_args(argv=None) -> tuple[Config, argparse.Namespace]:
     values = {f.name: f.metadata[column] for f in dataclasses.fields(Config)} | given
     if values["instruction"] is None:
         values["instruction"] = evaluate.default_instruction(values["tasks"])
-    need(
-        not (args.compare and (given or args.resume)), "--compare draws what exists: give only --out with it"
-    )
+    alone = not (args.compare and (given or args.resume))
+    need(alone, "--compare draws what exists: give only --out with it")
     need(not args.resume or args.out in (None, args.resume), "--resume goes on in its own folder: drop --out")
     args.given = given
     return Config(**values), args
@@ -170,10 +169,8 @@ def check(c: Config) -> None:
     need(c.n_min <= c.n_max, f"--n-min {c.n_min} is above --n-max {c.n_max}")
     low, high = c.prompts * c.n_min, c.prompts * c.n_max
     advice = "raise --budget, or lower --n-min" if c.budget < low else "lower --budget, or raise --n-max"
-    limits = f"{c.prompts} prompts x n_min {c.n_min} = {low} and x n_max {c.n_max} = {high}"
-    need(
-        low <= c.budget <= high, f"--budget {c.budget} is not between {limits}: {advice} or change --prompts"
-    )
+    limits = f"between {c.prompts} prompts x n_min {c.n_min} = {low} and x n_max {c.n_max} = {high}"
+    need(low <= c.budget <= high, f"--budget {c.budget} is not {limits}: {advice} or change --prompts")
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -836,7 +833,10 @@ def main(argv=None) -> None:
             different = differences(asdict(c), args.given)
             need(not different, f"--resume {out}: the run has {different}: drop that, or start a new run")
             trusted = args.given.get("trust_remote_code") or not c.trust_remote_code
-            need(trusted, f"--resume {out}: it runs the model's own code: if you trust it, say so again")
+            need(
+                trusted,
+                f"--resume {out} runs code that comes with the model: add --trust-remote-code if you do",
+            )
             if (out / "final").is_dir():
                 print(f"{out} is finished: nothing to resume")
                 return
@@ -852,10 +852,7 @@ def main(argv=None) -> None:
         state = {"config": asdict(c), "tasks": tasks} | state  # of the checkpoint, where it says
         different = differences(state["config"], asdict(c))
         need(not different, f"{out}/config.json has changed: the checkpoint has {different}: put it back")
-        need(
-            state["tasks"] == tasks,
-            f"--tasks {c.tasks} has changed since {checkpoint}: put the old ones back",
-        )
+        need(state["tasks"] == tasks, f"--tasks {c.tasks} has changed since {checkpoint}: put it back")
         parts = set_up(c, out, train_tasks + held_out, checkpoint)
         rows = cut_back(out, state.get("step", -1))
     except (ValueError, OSError, KeyboardInterrupt) as error:

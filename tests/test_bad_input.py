@@ -123,7 +123,7 @@ CASES = {
         "--resume old", {"old/config.json": config(allocator="magic")}, "--allocator magic: choose from",
     ),
     "resumed somebody's run that would run code": (
-        "--resume old", {"old/config.json": config(trust_remote_code=True)}, "if you trust it, say so again",
+        "--resume old", {"old/config.json": config(trust_remote_code=True)}, "add --trust-remote-code",
     ),
     "resumed after its settings were edited": (
         "--resume old", OLD | checkpoint(config=CONFIG | {"lr": 0.5}), "changed: the checkpoint has --lr 0.5",
