@@ -3,6 +3,7 @@
 import fcntl
 import json
 import random
+import re
 import resource
 import shutil
 import signal
@@ -183,8 +184,10 @@ def test_checkpoints_hold_no_pickle(calm):
     for path in (calm / "checkpoint").rglob("*"):
         assert path.is_dir() or path.suffix in (".json", ".safetensors") or path.name == "SHA256SUMS"
     for name in ("train.py", "evaluate.py", "rollout.py", "grpo.py", "knapsack.py", "reward.py"):
-        text = (ROOT / name).read_text()
-        assert not any(word in text for word in ("torch.load(", "import pickle", "eval(", "exec("))
+        # model.eval() is something else.
+        assert not re.findall(
+            r"(?<![.\w])(eval|exec)\(|torch\.load\(|import pickle", (ROOT / name).read_text()
+        )
 
 
 # ------------------------------------------------------------------------------------ failed writes
