@@ -225,7 +225,7 @@ def processes_of(out) -> list[str]:
 
 
 def all_gone(out) -> bool:
-    """Have all of them ended, within a moment? (Workers end when their pipe closes.)"""
+    """Have all of them ended, within a moment?"""
     deadline = time.time() + 5
     while processes_of(out) and time.time() < deadline:
         time.sleep(0.1)
@@ -245,12 +245,12 @@ def test_the_main_job(tmp_path):
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "Ctrl-C twice", "a bug"])
 def test_it_ends_cleanly(tmp_path, how):
-    """Catches: an engine, or a verifier's worker, that outlives the run."""
+    """Catches: an engine that outlives the run."""
     process = start(tmp_path / "run", "--steps", 1000, "--save-every", 2)
     deadline = time.time() + 200
     while not (tmp_path / "run" / "checkpoint" / "step-000002").exists() and time.time() < deadline:
         time.sleep(0.05)
-    assert len(processes_of(tmp_path / "run")) > 1  # itself and the verifier's workers
+    assert processes_of(tmp_path / "run")  # the mark works
     if how == "a bug":  # a disk that goes away under it
         (tmp_path / "run" / "checkpoint").rename(tmp_path / "gone")
         (tmp_path / "run" / "checkpoint").write_text("")
