@@ -298,7 +298,8 @@ def test_a_wrong_flag_answers_before_torch_is_imported():
     assert done.stderr == "evaluate.py: error: --samples 0: must be above 0\n"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_agrees_with_transformers(tmp_path, noisy):
     """Two engines one after the other in one process, prompts longer together than vLLM takes at a time."""
     rng = np.random.default_rng(0)
