@@ -37,14 +37,7 @@ array([0.25, 0.23])
 With a mean over each prompt, 32 more rollouts only lower the noise of one prompt's gradient; with the token
 mean they make it count five times as much. (0.23 and not 0.25: the unbiased std of a small group.)
 
-Memory for a model of 1.54e9 parameters (Qwen2.5-Math-1.5B: 28 layers, vocabulary 151,936) on 80 GB, as
-arithmetic, not as a measurement on a GPU:
-    weights, gradients, AdamW's two moments, all float32: 1.54e9 x 16 bytes                  24.6 GB
-    activations: 97 kB a token and layer (what autograd saves under bfloat16 autocast,
-        counted on a CPU) x 28 layers x 8192 tokens a microbatch                             22.3 GB
-    the head: a chunk of 2^28 logits, about 4 float32 copies, + 3 of its weights             ~6  GB
-so about 53 GB; 16384 tokens a microbatch would need 75. `checkpointing` keeps 6 kB a token and layer
-instead of 97 (and one layer in full). Without chunks the logits of 8192 tokens alone would take 4 x 5 GB.
+How much memory a 1.5B model takes: tests/bench_gpu.py has the arithmetic.
 """
 
 from __future__ import annotations
@@ -57,7 +50,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------ advantages
 
@@ -198,25 +190,60 @@ def _shared_pass(decoder, rollouts, device) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _logprobs_of(head, hidden, targets, temperature, chunk_elements: int | None = None) -> torch.Tensor:
-    """log softmax(head(hidden) / temperature)[targets], (N, H), (N,) -> (N,). In chunks that are
-    recomputed in the backward pass: N x V floats never live at once (N = 16k, V = 152k: 10 GB).
-    A chunk is 2^25 logits; 2^28 on a GPU, where each one casts the head's weights and adds to their
-    gradient anew (1 GiB a copy in float32, about 4 copies at the peak)."""
-
-    def piece(h, t):
-        logits = head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (n, V)
-        if temperature != 1:
-            logits = logits / temperature
-        return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1)
-
+    """log softmax(head(hidden) / temperature)[targets], (N, H), (N,) -> (N,); in chunks where N x V is
+    large. A chunk is 2^25 logits; 2^28 on a GPU (1 GiB in float32), where small ones would leave it idle."""
     if chunk_elements is None:
         chunk_elements = 2**28 if hidden.is_cuda else 2**25
     n = max(1, chunk_elements // head.weight.shape[0])
-    if len(hidden) <= n:
-        return piece(hidden, targets)
-    pieces = zip(hidden.split(n), targets.split(n), strict=True)
-    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])
+    if len(hidden) > n:
+        if head.bias is not None:
+            raise ValueError("a head with a bias is not supported: see _ChunkedLogprobs")
+        return _ChunkedLogprobs.apply(hidden, head.weight, targets, temperature, n)
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (N, V)
+    if temperature != 1:
+        logits = logits / temperature
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """N x V floats never live at once (N = 16k, V = 152k: 10 GB): logits are computed n rows at a time,
+    again in the backward pass, where the head's gradient is summed in place. (torch's checkpoint of
+    each chunk computes the same, with three more arrays of the head's size.)"""
+
+    @staticmethod
+    def _log_softmax(h, weight, temperature) -> torch.Tensor:
+        logits = h @ weight.T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
+        return logits.sub_(logits.logsumexp(1, keepdim=True))
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, n):
+        kind = hidden.device.type
+        ctx.products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.n = temperature, n
+        w, h = weight.to(ctx.products), hidden.to(ctx.products)
+        log_p = _ChunkedLogprobs._log_softmax
+        pairs = zip(h.split(n), targets.split(n), strict=True)
+        return torch.cat([log_p(h, w, temperature).gather(1, t[:, None])[:, 0] for h, t in pairs])
+
+    @staticmethod
+    def backward(ctx, grad):  # (N,)
+        hidden, weight, targets = ctx.saved_tensors
+        w, grad_hidden, grad_weight = weight.to(ctx.products), [], torch.zeros_like(weight)
+        for h, t, g in zip(hidden.split(ctx.n), targets.split(ctx.n), grad.split(ctx.n), strict=True):
+            h, g = h.to(ctx.products), g[:, None] / ctx.temperature
+            # d log p_target / d logits = (one-hot of the target - p) / temperature
+            d = _ChunkedLogprobs._log_softmax(h, w, ctx.temperature).exp_().mul_(-g)  # (n, V)
+            d.scatter_add_(1, t[:, None], g.to(d.dtype))
+            d = d.to(ctx.products)
+            grad_hidden.append((d @ w).to(hidden.dtype))
+            if ctx.products == weight.dtype:
+                grad_weight.addmm_(d.T, h)
+            else:
+                grad_weight += d.T @ h
+        return torch.cat(grad_hidden), grad_weight, None, None, None
 
 
 # --------------------------------------------------------------------------------------------- loss

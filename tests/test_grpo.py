@@ -157,16 +157,29 @@ def test_gradients_flow_back_through_the_prompt(model, shared):
         assert torch.allclose(a, b, atol=1e-10), name
 
 
-def test_chunks_of_the_vocabulary_change_nothing(model):
-    """Catches: a chunk border that drops or doubles a token, forwards or backwards."""
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunks_of_the_vocabulary_change_nothing(temperature):
+    """Catches: a chunk border that drops or doubles a token, a temperature that is in one pass only, a
+    hand-written gradient that autograd does not confirm, of hidden states or head."""
+    torch.manual_seed(0)
     hidden = torch.randn(50, 32, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(V, (50,))
-    head = model.get_output_embeddings()
-    whole = grpo._logprobs_of(head, hidden, targets, 1.0)
-    cut = grpo._logprobs_of(head, hidden, targets, 1.0, chunk_elements=7 * V)
+    head = torch.nn.Linear(32, V, bias=False, dtype=torch.float64)
+    whole = grpo._logprobs_of(head, hidden, targets, temperature)
+    cut = grpo._logprobs_of(head, hidden, targets, temperature, chunk_elements=7 * V)
     assert torch.allclose(whole, cut, atol=1e-13)
-    g1, g2 = (torch.autograd.grad(x.square().sum(), hidden)[0] for x in (whole, cut))
-    assert torch.allclose(g1, g2, atol=1e-13)
+    weights = torch.randn(50, dtype=torch.float64)
+    for a, b in zip(
+        *(torch.autograd.grad((x * weights).sum(), (hidden, head.weight)) for x in (whole, cut)), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-13)
+    single = copy.deepcopy(head).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = grpo._logprobs_of(single, hidden.float(), targets, temperature, chunk_elements=7 * V)
+    (gradient,) = torch.autograd.grad((rough * weights).sum(), single.weight)
+    assert rough.dtype == gradient.dtype == torch.float32  # sums over chunks, whatever the products are
+    assert torch.allclose(rough.double(), whole, atol=0.05) and not torch.allclose(rough.double(), whole)
+    assert float((gradient.double() - b).norm() / b.norm()) < 0.02
 
 
 def test_sharing_is_chosen_where_it_saves_tokens():
