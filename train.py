@@ -215,21 +215,17 @@ def set_up(c: Config, out: Path, tasks: list, checkpoint: Path | None) -> tuple:
         plain = getattr(model.config, name, None) in (None, 1.0)
         need(plain, f"--model {c.model}: its {name} is not supported by grpo.token_logprobs")
     context = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    need(
-        longest + c.max_new_tokens <= context,
-        f"a prompt of {longest} tokens and --max-new-tokens {c.max_new_tokens} exceed the model's context of "
-        f"{context}: lower --max-new-tokens or shorten the prompts",
-    )
+    both = f"a prompt of {longest} tokens and --max-new-tokens {c.max_new_tokens}"
+    need(longest + c.max_new_tokens <= context, f"{both} exceed the model's context of {context}: lower them")
     # Two checkpoints (weights and two moments) and final/: the new one is whole before an old one goes.
     size = (2 * 3 + 1) * sum(p.nbytes for p in model.parameters())
     room = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*"))
     need(room >= size, f"--out {out}: the run needs {size / 1e9:.2g} GB of disk: make room there first")
     if engine == "vllm":
-        with evaluate.loading(path):  # no GPU, too little memory, a model that vLLM does not know
-            sampler = rollout.VLLMSampler(
-                path, tokenizer, c.max_new_tokens, c.temperature, longest, c.gpu_memory,
-                trust_remote_code=c.trust_remote_code,
-            )  # fmt: skip
+        sampler = rollout.VLLMSampler(
+            path, tokenizer, c.max_new_tokens, c.temperature, longest, c.gpu_memory,
+            trust_remote_code=c.trust_remote_code,
+        )  # fmt: skip
         model.to(evaluate.device())  # only now: the engine measures how much memory is free
         sampler.sync(model)  # the trainer's weights, which a checkpoint may have changed
     else:
@@ -364,9 +360,8 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
     with written_aside(out / "final") as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-    (_, success), (_, se) = (
-        column(read_rows(out / "metrics.jsonl"), f"eval_success{k}") for k in ("", "_se")
-    )
+    rows = list(each_row(out / "metrics.jsonl"))
+    (_, success), (_, se) = column(rows, "eval_success"), column(rows, "eval_success_se")
     print(
         f"held-out success {success[0]:.3f} -> {success[-1]:.3f} (± {se[-1]:.3f}) in {c.steps} steps of "
         f"{c.budget} rollouts; model in {out}/final, picture in {out}/dashboard.png"
@@ -517,10 +512,6 @@ def each_row(path: Path):
             yield from (json.loads(line) for line in file if line.endswith("\n"))
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def read_rows(path: Path) -> list[dict]:
-    return list(each_row(path)) if path.exists() else []
 
 
 def replace_file(path: Path, write) -> None:
@@ -686,7 +677,7 @@ def picture(path: Path, rows: int, columns: int):
 
 def draw_dashboard(out: Path, epoch: int) -> None:
     """dashboard.png from the run's own files; a title says what its panel found. epoch: in steps."""
-    config, rows = json.loads((out / "config.json").read_text()), read_rows(out / "metrics.jsonl")
+    config, rows = json.loads((out / "config.json").read_text()), list(each_row(out / "metrics.jsonl"))
     with (out / "groups.jsonl").open(encoding="utf-8") as file:
         head = list(itertools.islice(file, 2 * epoch))
         tail = deque(itertools.chain(head, file), maxlen=2 * epoch)
@@ -753,7 +744,8 @@ def draw_dashboard(out: Path, epoch: int) -> None:
 def draw_comparison(runs: list[Path], path: Path) -> None:
     """Several runs on one picture, against rollouts spent: equal compute stands above equal compute."""
     for run in runs:
-        whole = (run / "config.json").is_file() and len(read_rows(run / "metrics.jsonl")) > 1
+        whole = all((run / name).is_file() for name in ("config.json", "metrics.jsonl"))
+        whole = whole and len(list(each_row(run / "metrics.jsonl"))) > 1
         need(whole, f"--compare {run}: no config.json and metrics.jsonl of at least one step there")
     need(path.parent.is_dir() and not path.is_dir(), f"--out {path}: name a picture in a folder that exists")
     panels = {
@@ -765,7 +757,7 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
     with picture(path, 2, 2) as (_, axes):
         # The look is the allocator's, the marker the run's.
         for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
-            c, rows = json.loads((run / "config.json").read_text()), read_rows(run / "metrics.jsonl")
+            c, rows = json.loads((run / "config.json").read_text()), list(each_row(run / "metrics.jsonl"))
             look = LOOK[c["allocator"]] | {"marker": marker, "markersize": 4}
             for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
                 steps, values = column(rows, name)
@@ -791,11 +783,8 @@ def prepare(c: Config) -> tuple[list, list]:
     evaluate.resolve_model(c.model)
     tasks = reward.load_tasks(c.tasks)
     n_held_out = c.held_out or min(256, len(tasks) // 5)
-    need(
-        0 < n_held_out <= len(tasks) - c.prompts,
-        f"--tasks {c.tasks}: {len(tasks)} tasks are too few for {c.prompts} prompts a step and {n_held_out} "
-        "held out: lower --prompts or --held-out, or bring more tasks",
-    )
+    few = f"{len(tasks)} tasks are too few for {c.prompts} prompts and {n_held_out} held out: lower those"
+    need(0 < n_held_out <= len(tasks) - c.prompts, f"--tasks {c.tasks}: {few}, or bring more tasks")
     train_tasks, held_out = reward.split_held_out(tasks, n_held_out, seed=0)  # one split for every seed
     # Whole batches only, so that after the first epoch every prompt has been seen.
     left_over = len(train_tasks) % c.prompts
@@ -808,10 +797,7 @@ def run_folder(c: Config, wanted: Path | None) -> Path:
     """A folder without a run in it: the one asked for, or a free name under runs/."""
     if wanted is not None:
         free = not wanted.exists() or (wanted.is_dir() and not any(wanted.iterdir()))
-        need(
-            free,
-            f"--out {wanted} is not an empty folder: choose another, or --resume {wanted} if it is a run",
-        )
+        need(free, f"--out {wanted} is not an empty folder: choose another, or --resume it if it is a run")
         return wanted
     name = f"{Path(c.model).name}-{c.allocator}-seed{c.seed}"
     names = [name, *(f"{name}-{k}" for k in range(2, 10_000))]
@@ -833,10 +819,7 @@ def main(argv=None) -> None:
             different = differences(asdict(c), args.given)
             need(not different, f"--resume {out}: the run has {different}: drop that, or start a new run")
             trusted = args.given.get("trust_remote_code") or not c.trust_remote_code
-            need(
-                trusted,
-                f"--resume {out} runs code that comes with the model: add --trust-remote-code if you do",
-            )
+            need(trusted, f"--resume {out} would run the model's code: add --trust-remote-code if you do")
             if (out / "final").is_dir():
                 print(f"{out} is finished: nothing to resume")
                 return

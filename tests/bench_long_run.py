@@ -64,7 +64,7 @@ def grown(seen: np.ndarray) -> dict:
 
 def long_files(folder: Path, n_rows: int) -> dict:
     """CPU seconds of what touches all rows of a run of n_rows steps, which repeats a recorded one."""
-    metrics, groups = (train.read_rows(RECORDED / f"{name}.jsonl") for name in ("metrics", "groups"))
+    metrics, groups = (list(train.each_row(RECORDED / f"{name}.jsonl")) for name in ("metrics", "groups"))
     with (folder / "metrics.jsonl").open("w") as m, (folder / "groups.jsonl").open("w") as g:
         m.write(json.dumps(metrics[0]) + "\n")
         for step in range(1, n_rows):

@@ -1,7 +1,6 @@
 """Bad input: one line that says what is wrong, a non-zero exit, and every file as it was before."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -75,7 +74,7 @@ CASES = {
     "the whole GPU for vLLM": ("--gpu-memory 1", {}, "must lie below 1"),
     "a negative seed": ("--seed -1", {}, "--seed -1: must not be negative"),
     "a negative number held out": ("--held-out -1", {}, "--held-out -1: must not be negative"),
-    "everything held out": ("--held-out 1280", {}, "lower --prompts or --held-out"),
+    "everything held out": ("--held-out 1280", {}, "are too few for 64 prompts and 1280 held out"),
     "more prompts than tasks": ("--prompts 2000 --budget 8000", {}, "bring more tasks"),
     "an allocator nobody wrote": ("--allocator magic", {}, "invalid choice: 'magic'"),
     "an engine nobody wrote": ("--engine magic", {}, "invalid choice: 'magic'"),
@@ -100,7 +99,7 @@ CASES = {
     "an id twice": ("--tasks t.jsonl", {"t.jsonl": jsonl(GOOD | {"id": "a"}) * 2}, "'a' is also in line 1"),
     "a brace too many": ("--tasks t.jsonl", {"t.jsonl": jsonl(GOOD | {"answer": "}"})}, "brace"),
     "one task": ("--tasks t.jsonl", {"t.jsonl": jsonl(GOOD)}, "1 tasks are too few"),
-    "a run folder that holds a run": ("--out old", OLD, "--resume old if it is a run"),
+    "a run folder that holds a run": ("--out old", OLD, "--resume it if it is a run"),
     "a run folder that holds something else": ("--out d", {"d/thesis.tex": "x"}, "is not an empty folder"),
     "a file for a run folder": ("--out f", {"f": "x"}, "is not an empty folder"),
     "a run folder under a file": ("--out f/run", {"f": "x"}, "f/run"),
@@ -285,10 +284,15 @@ def test_a_hub_model_out_of_reach(main, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_vllm_that_is_not_there(main, tmp_path):
+@pytest.mark.parametrize(
+    "build, says", [(None, "`pip install vllm"), ("gpu", "needs a GPU and there is none")]
+)
+def test_vllm_that_cannot_run(main, tmp_path, monkeypatch, build, says):
+    """Not installed, or the build for GPUs on a machine without one."""
+    monkeypatch.setattr("rollout.vllm_build", lambda: build)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     error, _ = main("--engine", "vllm", "--out", tmp_path / "run")
-    assert "pip install vllm" in error and not (tmp_path / "run").exists()
+    assert says in error and not (tmp_path / "run").exists()
 
 
 @pytest.fixture
