@@ -232,7 +232,7 @@ def compare(name, model, tokenizer, batch_of, shares, threads, args, tokens, row
     return found
 
 
-def head_memory(way: str, tokens: int = 1024, hidden: int = 1536, V: int = 151_936) -> float:
+def head_memory(way: str, tokens: int = 4096, hidden: int = 1536, V: int = 151_936) -> float:
     """GB of peak memory that log-probs and their backward pass need beyond weights and their gradient."""
     head = torch.nn.Linear(hidden, V, bias=False)
     head.weight.grad = torch.ones_like(head.weight)
@@ -303,7 +303,7 @@ def main() -> None:
     for way in ("whole", "chunks"):
         run = [sys.executable, __file__, "--memory", way]
         peak = float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-        print(f"log-probs of 1024 tokens, vocabulary 151,936, {way}: {peak:.2f} GB at the peak")
+        print(f"log-probs of 4096 tokens, vocabulary 151,936, {way}: {peak:.2f} GB at the peak")
         result[f"memory_gb_{way}"] = peak
     record([])
 
