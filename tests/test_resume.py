@@ -89,12 +89,15 @@ def test_a_killed_run_resumes_to_the_same_end(calm, tmp_path, sent):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_runs_killed_again_and_again(calm, tmp_path, seed):
-    """Kills at random moments, during saves and evaluations among them; tests/stress_resume.py does 100."""
-    killed = disturb(tmp_path / "run", random.Random(seed), 7, launch_seconds=8)
-    assert differences(calm, tmp_path / "run") == []
-    assert len(killed) >= 5
+def test_ten_kills_at_random_moments(calm, tmp_path):
+    """During saves and evaluations among them; tests/stress_resume.py does a hundred."""
+    rng, killed = random.Random(0), []
+    for out in (tmp_path / f"run{k}" for k in range(30)):  # a run may end before its next kill
+        killed += disturb(out, rng, 10 - len(killed), launch_seconds=8)
+        assert differences(calm, out) == []
+        if len(killed) == 10:
+            return
+    raise AssertionError(f"only {killed}")
 
 
 def test_a_finished_run_is_left_alone(calm, main):
