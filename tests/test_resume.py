@@ -67,7 +67,7 @@ def test_resume_before_the_first_checkpoint(calm, main, tmp_path):
     assert a == b
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_end(calm, tmp_path, sent):
     """Catches: optimizer, tracker or best not restored, a random stream that went on, doubled rows.
     Ctrl-C ends with a checkpoint and a sentence; a hard kill loses what came after the last one."""
