@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -172,24 +171,6 @@ def test_the_table_is_long_enough():
 
 
 # ------------------------------------------------------------- what only loading the model can tell
-
-
-@pytest.fixture
-def main(capsys):
-    """train.main in this process, which has imported torch once: (exit, stdout)."""
-    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(*flags):
-        try:
-            train.main([str(f) for f in flags])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().out
-
-    yield run
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def edit_json(name, **changes):

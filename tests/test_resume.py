@@ -26,24 +26,6 @@ def calm(tmp_path_factory):
 
 
 @pytest.fixture
-def main(capsys):
-    """train.main in this process, which has imported torch once: (exit, stdout)."""
-    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(*flags):
-        try:
-            train.main([str(f) for f in flags])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().out
-
-    yield run
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
 def broken_off(calm, tmp_path):
     """A copy of the run as a kill just after its last checkpoint leaves it."""
     shutil.copytree(calm, tmp_path / "run")

@@ -1,29 +1,13 @@
 """rollout.py: what comes back is what was sampled, from the distribution it says, for the right prompt."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 import rollout
 
-TINY = Path(__file__).parent.parent / "tutorial" / "tiny_model"
-TEXTS = ["3+5+2=", "9+9=", "1+2+3+4+5+6+7+8=", "7+7+7=", "4+4="]
 COUNTS = [3, 0, 7, 1, 4]
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(TINY)
-
-
-@pytest.fixture(scope="module")
-def prompts(loaded):
-    return rollout.encode_prompts(loaded[1], TEXTS)
 
 
 def same_tokens(a, b):

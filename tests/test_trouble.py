@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -13,24 +12,6 @@ import rollout
 import train
 
 SMALL = ["--prompts", 4, "--budget", 16, "--held-out", 8, "--eval-samples", 1, "--engine", "hf"]
-
-
-@pytest.fixture
-def main(capsys):
-    """train.main in this process: (exit, stdout)."""
-    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(*flags):
-        try:
-            train.main([str(f) for f in flags])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().out
-
-    yield run
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def file_of(path, answer):

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_rollout import COUNTS, TEXTS, TINY, check_records, same_tokens
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import TINY
+from test_rollout import COUNTS, check_records, same_tokens
 
 import grpo
 import rollout
@@ -25,17 +25,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(TINY)
-
-
-@pytest.fixture(scope="module")
-def prompts(loaded):
-    return rollout.encode_prompts(loaded[1], TEXTS)
 
 
 LONG = "+".join("123456789" * 3) + "="  # 54 tokens: more than one block of vLLM's prefix cache
