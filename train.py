@@ -294,6 +294,7 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
             )  # (R,) in {0, 1}
             successes = np.bincount(group, rewards, minlength=len(ids)).astype(int)  # (M,)
             outcome = step_metrics(rewards, rollouts, counts, successes)
+            outcome["no_verdict"] = len(verifier.no_verdict)  # out of time or failed: counted as wrong
             clock.lap("verify")
             if not np.isfinite(outcome["entropy"]):
                 raise RunStopped(f"the model's log-probs are not finite at step {step}; {BLOWN_UP}")
@@ -329,6 +330,8 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
             who |= {"counts": counts.tolist(), "successes": successes.tolist()}
             append(out / "groups.jsonl", who)
             bar.write(describe(row, c.steps, clock))
+            if row["no_verdict"]:
+                bar.write(f"warning: {row['no_verdict']} answers got no verdict and count as wrong")
             bar.update()
             # 6. Say what goes wrong, and keep what an interruption would lose.
             recent.append(row)

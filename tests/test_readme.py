@@ -80,6 +80,12 @@ def test_engine_numbers():
     assert max(row["logprob_gap"] for row in vllm[1:]) < 2e-5
 
 
+def test_kills():
+    """The sentence about interrupted runs, from what tests/stress_resume.py wrote."""
+    record = json.loads((RESULTS / "stress_resume.json").read_text())
+    assert f"after {record['kills']} kills at random moments" in README and record["different"] == []
+
+
 def test_replay_numbers():
     """The table of rules replayed on real success rates, from what tests/bench_allocation.py wrote."""
     rules = json.loads((RESULTS / "allocation_replay.json").read_text())["all prompts"]["rules"]
