@@ -64,7 +64,7 @@ def device() -> str:
 
 @contextlib.contextmanager
 def loading(path: str):
-    """What transformers has to say about a model it cannot load, as a ValueError of one line."""
+    """What transformers or vLLM has to say about a model it cannot load, as a ValueError of one line."""
     from transformers import logging
 
     getLogger("huggingface_hub").setLevel("ERROR")  # without a network it logs each retry

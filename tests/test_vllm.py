@@ -145,7 +145,7 @@ def test_trap_a_skipped_sync(engine, loaded, prompts, fused):
     engine.sync(loaded[0])
 
 
-def test_read_back_covers_every_kind_of_weight(engine, loaded, monkeypatch):
+def test_read_back_covers_every_kind_of_weight(engine, loaded):
     """Catches: a read-back that compares nothing, or not the part of a fused matrix that was lost."""
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norm"]
     assert len(engine._read_back(loaded[0], 5)) == 1 + 2 * 4 + 2 * loaded[0].config.num_hidden_layers + 1
