@@ -42,6 +42,7 @@ How much memory a 1.5B model takes: tests/bench_gpu.py has the arithmetic.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import defaultdict
@@ -149,44 +150,72 @@ def _plain_pass(decoder, rollouts, device) -> tuple[torch.Tensor, torch.Tensor]:
 def _shared_pass(decoder, rollouts, device) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, with **each prompt computed once a group**. A group of 40 rollouts repeats its prompt
     40 times. So the distinct prompts run first, (G, P), their keys and values stay in the graph and
-    are expanded over the rows, and only the responses, (R, T), run on top. Gradients flow back through
-    the expansion and add up. It costs G*P + R*T tokens instead of R*(P+T)."""
+    are expanded over the rows, and only the responses run on top, in slices of like length, (r, T).
+    Gradients flow back through the expansion and add up. It costs G*P + R*T tokens instead of R*(P+T).
+    """
     labels = list(dict.fromkeys(r.group for r in rollouts))  # distinct groups, in order of appearance
     row_of = {label: i for i, label in enumerate(labels)}
-    rows = torch.tensor([row_of[r.group] for r in rollouts], device=device)  # (R,) row of its prompt
     prompt_of = {r.group: r.prompt_ids for r in rollouts}
     if any(tuple(r.prompt_ids) != tuple(prompt_of[r.group]) for r in rollouts):
         raise ValueError("rollouts of one group must share one prompt")
 
     # Prompts padded on the left, so that all of them end in the same column; positions start at 0.
     prompt_ids, prompt_mask = _padded([prompt_of[label] for label in labels], device, left=True)
-    response_ids, response_mask = _padded([r.response_ids for r in rollouts], device)
-    T = response_ids.shape[1]
     out = decoder(
         input_ids=prompt_ids,
         attention_mask=prompt_mask,
         position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=True,
     )
-    # The prompt's last column predicts the first response token.
-    # index_select, not x[rows]: the backward pass of the latter adds up in no fixed order.
-    hidden = out.last_hidden_state[:, -1:].index_select(0, rows)  # (R, 1, H)
-    if T > 1:
-        for layer in out.past_key_values.layers:
-            layer.keys = layer.keys.index_select(0, rows)
-            layer.values = layer.values.index_select(0, rows)
-        after = prompt_mask.sum(1, keepdim=True)[rows] + torch.arange(T - 1, device=device)
-        # Right padding needs no mask: the causal order hides it from every real token.
-        ones = torch.ones(len(rows), T - 1, dtype=torch.long, device=device)
-        out = decoder(
-            input_ids=response_ids[:, :-1],
-            attention_mask=torch.cat([prompt_mask[rows], ones], dim=1),
-            position_ids=after,
-            past_key_values=out.past_key_values,
-        )
-        hidden = torch.cat([hidden, out.last_hidden_state], dim=1)  # (R, T, H)
-    real = response_mask.bool()
-    return hidden[real], response_ids[real]
+    last, cache = out.last_hidden_state[:, -1:], out.past_key_values  # (G, 1, H)
+
+    lengths = [len(r.response_ids) for r in rollouts]
+    slices = list(_slices(lengths))
+    pieces = []
+    for part in slices:
+        ids, mask = _padded([rollouts[i].response_ids for i in part], device)  # (r, T)
+        rows = torch.tensor([row_of[rollouts[i].group] for i in part], device=device)  # (r,)
+        # The prompt's last column predicts the first response token.
+        # index_select, not x[rows]: the backward pass of the latter adds up in no fixed order.
+        hidden = last.index_select(0, rows)  # (r, 1, H)
+        T = ids.shape[1]
+        if T > 1:
+            expanded = copy.copy(cache)
+            expanded.layers = [copy.copy(layer) for layer in cache.layers]
+            for layer in expanded.layers:
+                layer.keys = layer.keys.index_select(0, rows)
+                layer.values = layer.values.index_select(0, rows)
+            # Right padding needs no mask: the causal order hides it from every real token.
+            own = torch.ones(len(part), T - 1, dtype=torch.long, device=device)
+            later = decoder(
+                input_ids=ids[:, :-1],
+                attention_mask=torch.cat([prompt_mask[rows], own], dim=1),
+                position_ids=prompt_mask.sum(1, keepdim=True)[rows] + torch.arange(T - 1, device=device),
+                past_key_values=expanded,
+            )
+            hidden = torch.cat([hidden, later.last_hidden_state], dim=1)  # (r, T, H)
+        pieces.append(hidden[mask.bool()])
+    # Tokens now stand slice after slice; `place` says where each of them belongs.
+    starts = np.cumsum(lengths) - lengths
+    place = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for part in slices for i in part])
+    back = torch.from_numpy(np.argsort(place)).to(device)
+    targets = torch.tensor([t for r in rollouts for t in r.response_ids], device=device)
+    return torch.cat(pieces).index_select(0, back), targets
+
+
+def _slices(lengths: Sequence[int], waste: float = 0.05, least: int = 256) -> Iterator[list[int]]:
+    """Indices, longest first, cut where padding would exceed `waste` of a slice (if the slice is worth
+    a pass of its own: `least` tokens)."""
+    part: list[int] = []
+    real = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        padded = (len(part) + 1) * lengths[part[0]] if part else lengths[i]
+        if padded > least and real + lengths[i] < (1 - waste) * padded:
+            yield part
+            part, real = [], 0
+        part.append(i)
+        real += lengths[i]
+    yield part
 
 
 def _logprobs_of(head, hidden, targets, temperature, chunk_elements: int | None = None) -> torch.Tensor:
@@ -508,32 +537,29 @@ def sharing_wins(rollouts: Sequence, rows: np.ndarray) -> bool:
 def microbatches(
     rollouts: Sequence, rows: np.ndarray, tokens: int, share_prompts: bool = True
 ) -> Iterator[list[int]]:
-    """Cut `rows` (indices into rollouts) into lists of at most `tokens` padded tokens, groups together.
+    """Cut `rows` (indices into rollouts) into lists of about `tokens` tokens, little of it padding.
 
-    Prompts of like length share a microbatch, and so do responses; the cost of one is what
-    `token_logprobs` computes: distinct prompts x longest prompt + rows x longest response.
+    Plain: rows of like length; at most rows x the longest. Shared: groups stay together, those with
+    prompts of like length side by side; distinct prompts x the longest of them + response tokens (the
+    pass slices these itself).
     """
-    longest: dict[int, int] = {}
-    for i in rows:
-        group, length = rollouts[i].group, len(rollouts[i].response_ids)
-        longest[group] = max(longest.get(group, 0), length)
-
-    def shape(i):
-        r = rollouts[i]
-        return longest[r.group], len(r.prompt_ids), r.group, len(r.response_ids), i
-
+    P = {int(i): len(rollouts[i].prompt_ids) for i in rows}
+    T = {int(i): len(rollouts[i].response_ids) for i in rows}
+    if not share_prompts:
+        for part in _slices([P[i] + T[i] for i in P]):
+            part = [int(rows[k]) for k in part]
+            size = max(1, tokens // (P[part[0]] + T[part[0]]))
+            yield from (part[k : k + size] for k in range(0, len(part), size))
+        return
     batch: list[int] = []
     groups: set[int] = set()
-    P = T = 0
-    for i in sorted((int(i) for i in rows), key=shape):
-        r = rollouts[i]
-        new_P, new_T = max(P, len(r.prompt_ids)), max(T, len(r.response_ids))
-        cost = len(groups | {r.group}) * new_P + (len(batch) + 1) * new_T
-        if batch and cost > tokens:
+    responses = 0
+    for i in sorted(P, key=lambda i: (P[i], rollouts[i].group, T[i], i)):
+        if batch and len(groups | {rollouts[i].group}) * P[i] + responses + T[i] > tokens:
             yield batch
-            batch, groups, new_P, new_T = [], set(), len(r.prompt_ids), len(r.response_ids)
+            batch, groups, responses = [], set(), 0
         batch.append(i)
-        groups.add(r.group)
-        P, T = new_P, new_T
+        groups.add(rollouts[i].group)
+        responses += T[i]
     if batch:
         yield batch

@@ -1,6 +1,8 @@
 """grpo.py against naive loops, plain forward passes and autograd; float64 where it must be exact."""
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -433,16 +435,67 @@ def test_several_minibatches_are_steps_on_one_old_policy(model):
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_microbatches_cover_every_row_once_within_the_limit():
+def tokens_run(rollouts, batch, shared):
+    """Tokens a pass over these rows computes, padding included."""
+    lengths = [len(rollouts[i].response_ids) for i in batch]
+    P = [len(rollouts[i].prompt_ids) for i in batch]
+    if not shared:
+        return len(batch) * max(p + t for p, t in zip(P, lengths, strict=True))
+    slices = list(grpo._slices(lengths))
+    assert sorted(i for part in slices for i in part) == list(range(len(batch)))
+    groups = {rollouts[i].group for i in batch}
+    return len(groups) * max(P) + sum(len(part) * lengths[part[0]] for part in slices)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_microbatches_cover_every_row_once_within_the_limit(shared):
+    """Catches: a row lost where a group is cut, a budget that counts too little and runs out of memory."""
     rollouts = make_rollouts(9, sizes=(40, 1, 3, 17))
     rows = np.arange(1, len(rollouts))
-    cut = list(grpo.microbatches(rollouts, rows, 64))
+    cut = list(grpo.microbatches(rollouts, rows, 64, shared))
     assert sorted(i for batch in cut for i in batch) == rows.tolist()
     for batch in cut:
-        groups = {rollouts[i].group for i in batch}
         P = max(len(rollouts[i].prompt_ids) for i in batch)
-        T = max(len(rollouts[i].response_ids) for i in batch)
-        assert len(groups) * P + len(batch) * T <= 64
+        tokens = len({rollouts[i].group for i in batch}) * P + sum(
+            len(rollouts[i].response_ids) for i in batch
+        )
+        assert (tokens if shared else tokens_run(rollouts, batch, False)) <= 64
+
+
+def drawn_lengths(rng):
+    """Log-normal, as on MATH: prompts around 70 tokens, responses around 300, cut at 1024, a problem's own
+    difficulty in all its responses; counts as a knapsack deals them, 2 to 64."""
+    for n in 2 + (62 * rng.random(64) ** 4).astype(int):
+        typical = 300 * rng.lognormal(0, 0.4)
+        lengths = [int(np.clip(typical * rng.lognormal(0, 0.4), 1, 1024)) for _ in range(n)]
+        yield int(70 * rng.lognormal(0, 0.6)), lengths
+
+
+def recorded_lengths(rng):
+    """SmolLM2's own on GSM8K (tutorial/scale_out/record_lengths.py): 48 prompts x 6, a limit of 512."""
+    path = Path(__file__).parent.parent / "tutorial" / "scale_out" / "lengths_smollm2_gsm8k.json"
+    for prompt in json.loads(path.read_text())["prompts"]:
+        yield prompt["prompt_tokens"], prompt["lengths"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("lengths_of", [drawn_lengths, recorded_lengths])
+def test_padding_stays_under_five_percent(shared, lengths_of):
+    """Catches: a group's short rollouts padded to its longest; prompts of 40 and 400 tokens side by side."""
+    rollouts = [
+        Rollout(group, (1,) * P, (1,) * T, (), "")
+        for group, (P, lengths) in enumerate(lengths_of(np.random.default_rng(0)))
+        for T in lengths
+    ]
+    run = real = 0
+    for batch in grpo.microbatches(rollouts, np.arange(len(rollouts)), 16384, shared):
+        run += tokens_run(rollouts, batch, shared)
+        prompts = [rollouts[i].prompt_ids for i in batch]
+        if shared:
+            prompts = {rollouts[i].group: rollouts[i].prompt_ids for i in batch}.values()
+        real += sum(map(len, prompts)) + sum(len(rollouts[i].response_ids) for i in batch)
+    print(f"{lengths_of.__name__}, {'shared' if shared else 'plain'}: padding {1 - real / run:.1%}")
+    assert len(rollouts) > 250 and 0 < 1 - real / run < 0.05
 
 
 def test_all_silent_takes_no_step(model):
