@@ -215,7 +215,8 @@ def _slices(lengths: Sequence[int], waste: float = 0.05, least: int = 256) -> It
             part, real = [], 0
         part.append(i)
         real += lengths[i]
-    yield part
+    if part:
+        yield part
 
 
 def _logprobs_of(head, hidden, targets, temperature, chunk_elements: int | None = None) -> torch.Tensor:
