@@ -9,7 +9,7 @@ those of Qwen2.5-Math-1.5B in a 500-step GRPO run, published in ypwang61/One-Sho
 Three estimators see each prompt's visits one after the other, as in training, and before each visit say what
 p is and how probable a mixed group of 8 is; the visit's 8 rollouts are the answer. Written: for each visit,
 how many prompts were right k times; for each estimator, a table of what was predicted and what came (by
-predicted p), and its mean squared error for the rate of the 8 rollouts.
+predicted p), and its mean squared error for the rate of the 8 rollouts; how far p moves between visits.
 """
 
 import json
@@ -56,6 +56,16 @@ def table(p, mixed, rate, was_mixed) -> list[list[float]]:
     return rows
 
 
+def moved(right, n: int, lag: int) -> list[float]:
+    """How far p moves in `lag` visits: [mean square, standard error over prompts]. The noise of the two
+    rates, p(1-p)/n each, is taken off; rate (1 - rate) / (n-1) is that on average."""
+    rate = right / n
+    square = (rate[:, lag:] - rate[:, :-lag]) ** 2
+    noise = rate * (1 - rate) / (n - 1)
+    each = (square - noise[:, lag:] - noise[:, :-lag]).mean(1)  # (prompts,)
+    return [round(float(x), 5) for x in (each.mean(), each.std(ddof=1) / len(each) ** 0.5)]
+
+
 def main() -> None:
     rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
     (n,) = {row["trials_per_visit"] for row in rows}
@@ -97,6 +107,7 @@ def main() -> None:
         "rollouts_per_visit": n,
         "prompts_with_k_right": [np.bincount(v, minlength=n + 1).tolist() for v in right.T],  # (visits, 9)
         "squared_error_of_the_true_p": noise,
+        "p_moved": {str(lag): moved(right, n, lag) for lag in (1, 2, 4, 8, 16, 32)},
         "estimators": estimators,
         "grid": GRID | {"squared_error": squared_errors},
     }
