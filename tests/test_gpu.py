@@ -5,8 +5,12 @@ Every body is a function of the device; without a GPU only its CPU half runs and
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,3 +173,29 @@ def test_train(main, tmp_path, monkeypatch, device):
     assert all(row["grad_norm"] > 0 for row in rows[1:])
     if device == "cuda":
         assert rows[-1]["mem_peak_gib"] > 0.005  # 0.6M parameters x 16 bytes: it was trained there
+
+
+@pytest.mark.slow
+def test_everything_in_one_command(tmp_path):
+    """Catches: a measurement that no longer runs on the day there is a GPU; a stage that stops the next one,
+    or is done twice; a bench that forgets what it had. At toy shape, without the GPU."""
+    settings = {"PYTHON": sys.executable, "STEPS": "2", "SEEDS": "0", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run() -> tuple[dict, str]:
+        command = ["bash", str(Path(__file__).parent / "gpu.sh"), str(tmp_path)]
+        subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, timeout=600)
+        return json.loads((tmp_path / "bench_gpu.json").read_text()), (tmp_path / "summary.txt").read_text()
+
+    (tmp_path / "tests.done").touch()
+    bench, summary = run()
+    assert "\ntests: " not in summary and "\ntrain-vllm: " in summary
+    assert "\nlearn-knapsack-0: done in" in summary and "\nbench_gpu: done in" in summary
+    assert len(bench["update"]) == 10 and bench["sample"]["logprob_gap"] < 1e-5
+    for row in bench["update"]:
+        assert row["seconds"] > 0 and row["utilisation"] > 0
+        assert row["skipped_tokens"] == pytest.approx(row["silent"])
+
+    (tmp_path / "bench_gpu.done").unlink()  # as if its time had run out
+    again, summary = run()
+    assert again == bench
+    assert summary.count("learn-knapsack-0: done in") == 1 and summary.count("bench_gpu: done in") == 2
