@@ -444,7 +444,10 @@ def allocate_at_price(p, price: float, n_min: int = 2, n_max: int = 128) -> np.n
     gains = _Gains(p)
     _require(price >= 0, "price", price, "pass a number >= 0; shadow_price gives the scale")
     _spare(gains.m, gains.m * n_min, n_min, n_max)
-    counts = np.full(gains.m, n_min)
+    counts, buyers = np.full(gains.m, n_min), np.arange(gains.m)
     for n in range(1, n_max):
-        counts += (n >= n_min) & (next(gains) >= price)
+        keep = np.flatnonzero(next(gains) >= price)
+        if len(keep) < len(buyers):  # gains fall: who stops here never buys again
+            buyers, gains = buyers[keep], gains.of(keep)
+        counts[buyers] += n >= n_min
     return counts

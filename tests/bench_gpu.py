@@ -1,17 +1,18 @@
 """The update and the transformers sampler at Qwen2.5-Math-1.5B's exact shape, random weights, on one GPU.
 
-    python tests/bench_gpu.py [OUT.json]        # about ten minutes on an H100; needs torch and transformers
+    python tests/bench_gpu.py [OUT.json]        # minutes on an H100; needs torch and transformers
 
-256 rollouts of 1024 tokens after prompts of 128, in groups of 8, none of them silent: seconds of one
-optimizer step, response tokens/s, model FLOP utilisation, peak memory; with and without activation
-checkpointing, prompts shared or not, for several microbatch sizes. Then rollouts by HFSampler, and one
-update on them. OUT.json [bench_gpu.json] is written after every measurement, so that an interruption costs
-one. What does not fit is recorded as such and passed over.
+One optimizer step on groups of 8 after prompts of 128: 256 rollouts of 1024 tokens and 80 of 3072, no group
+silent and 60% of them. Seconds, response tokens/s (silent ones count: they are dealt with), utilisation, peak
+memory. Then at 1024 with other microbatches, prompts shared, activation checkpointing, eight minibatches;
+checkpointing at 3072; and the 256 rollouts themselves by HFSampler. What matters most comes first.
+OUT.json [bench_gpu.json] is written after every measurement, and the same command goes on from what is there.
+What does not fit is recorded as such and passed over.
 
 Utilisation: 6 x weights x tokens floating-point operations of the pass (3 x 2: forward, and backward twice
-that; the head at response tokens only) plus causal attention's 6 x layers x width x context a token,
-without the recomputation of checkpointing, over the update's whole time, over what a bfloat16 torch.mm
-of 8192 reaches on this device.
+that; the head at response tokens only, silent rollouts not at all) plus causal attention's 6 x layers x
+width x context a token, without the recomputation of checkpointing, over the update's whole time, over what a
+bfloat16 torch.mm of 8192 reaches on this device.
 
 What the memory should be on 80 GB, as arithmetic, not yet as a measurement, for 1.54e9 parameters, 28 layers:
     weights, gradients, AdamW's two moments, all float32: 1.54e9 x 16 bytes                  24.6 GB
@@ -26,6 +27,7 @@ Without CUDA everything runs once at a toy shape, in bfloat16 too, to show that 
 """
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -42,16 +44,45 @@ from rollout import HFSampler, Rollout
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+EACH = 8  # rollouts a group
 if CUDA:
     SHAPE = dict(vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                  num_attention_heads=12, num_key_value_heads=2)  # fmt: skip
-    GROUPS, EACH, P, T, MM, REPEATS = 32, 8, 128, 1024, 8192, 3
-    MICROBATCHES = (4096, 8192, 16384)
+    P, MM, REPEATS = 128, 8192, 2
+    GROUPS = {1024: 32, 3072: 10}  # of that response length
+    MICROBATCHES = (8192, 4096, 16384)  # the first is train.py's default
 else:
     SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    GROUPS, EACH, P, T, MM, REPEATS = 3, 2, 8, 16, 256, 1
-    MICROBATCHES = (64, 10**6)
+                 num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    P, MM, REPEATS = 8, 256, 1
+    GROUPS = {16: 5, 40: 5}
+    MICROBATCHES = (200, 64, 10**6)
+
+
+def header() -> dict:
+    """Where and on what: the first lines of every result."""
+    name = torch.cuda.get_device_name() if CUDA else "CPU: a toy shape, no figure of it means anything"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": name, **versions, "dtype": "bfloat16 over float32 weights", "shape": SHAPE}
+
+
+def write(out: Path, result: dict) -> None:
+    """The old file or the new one, whenever the run is cut short."""
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(out)
+
+
+def made_up(length: int) -> list[Rollout]:
+    """Groups of 8 rollouts of that many random tokens, as likely as a uniform model would find them."""
+    rng, V = np.random.default_rng(0), SHAPE["vocab_size"]
+    logps = (-float(np.log(V)),) * length
+    prompts = [tuple(rng.integers(V, size=P).tolist()) for _ in range(GROUPS[length])]
+    return [
+        Rollout(g, prompt, tuple(rng.integers(V, size=length).tolist()), logps, "")
+        for g, prompt in enumerate(prompts)
+        for _ in range(EACH)
+    ]
 
 
 def synchronize() -> None:
@@ -59,16 +90,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def timed(run, repeats: int = REPEATS) -> float:
-    """Median seconds, after one run that warms up."""
+def timed(run, repeats: int = REPEATS, warm_ups: int = 1) -> float:
+    """Median seconds, after what warms up."""
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(warm_ups + repeats):
         synchronize()
         start = time.perf_counter()
         run()
         synchronize()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds[warm_ups:])
 
 
 def matmul_peak() -> float:
@@ -76,14 +107,14 @@ def matmul_peak() -> float:
     return 2 * MM**3 / timed(lambda: a @ b, 20)
 
 
-def model_flops(model, shared: bool) -> float:
-    """Floating-point operations of one update over all rollouts, as the top of this file counts them."""
-    c, rollouts = model.config, GROUPS * EACH
+def model_flops(model, rollouts: list[Rollout], shared: bool) -> float:
+    """Floating-point operations of one update over these, as the top of this file counts them."""
+    c, R, T = model.config, len(rollouts), len(rollouts[0].response_ids)
     head = c.vocab_size * c.hidden_size
     body = sum(p.numel() for p in model.parameters()) - head  # tied: the embedding is the head
-    prompts = (GROUPS if shared else rollouts) * P
-    flops = 6.0 * (body * (prompts + rollouts * T) + head * rollouts * T)
-    attended = prompts * P / 2 + rollouts * T * (P + T / 2)  # pairs of tokens, causal
+    prompts = (len({r.group for r in rollouts}) if shared else R) * P
+    flops = 6.0 * (body * (prompts + R * T) + head * R * T)
+    attended = prompts * P / 2 + R * T * (P + T / 2)  # pairs of tokens, causal
     return flops + 12.0 * c.num_hidden_layers * c.hidden_size * attended
 
 
@@ -97,50 +128,49 @@ class NoTokenizer:
 
 
 def main() -> None:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as train.py does
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "bench_gpu.json")
-    name = torch.cuda.get_device_name() if CUDA else "CPU: a toy shape, no figure of it means anything"
-    result = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
-    result |= {"shape": SHAPE, "groups": GROUPS, "each": EACH, "prompt": P, "response": T, "update": []}
+    old = json.loads(out.read_text()) if out.exists() else {}
+    result = old if header().items() <= old.items() else header() | {"update": []}
+    print(result["device"])
 
     def save(**more) -> None:
         result.update(more)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write(out, result)
         print(json.dumps(more or result["update"][-1]), flush=True)
 
-    print(name)
     torch.manual_seed(0)
-    peak = matmul_peak()
-    save(matmul_peak_tflops=peak / 1e12)
+    if "matmul_peak_tflops" not in result:
+        save(matmul_peak_tflops=matmul_peak() / 1e12)
 
     config = Qwen2Config(**SHAPE, tie_word_embeddings=True, max_position_embeddings=4096)
     with DEVICE:
         model = Qwen2ForCausalLM(config).float().eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     save(parameters=sum(p.numel() for p in model.parameters()))
+    short, long = GROUPS
+    batch = {length: made_up(length) for length in GROUPS}
 
-    rng = np.random.default_rng(0)
-    prompts = [tuple(rng.integers(SHAPE["vocab_size"], size=P).tolist()) for _ in range(GROUPS)]
-    made = [
-        Rollout(g, prompts[g], tuple(rng.integers(SHAPE["vocab_size"], size=T).tolist()),
-                (-float(np.log(SHAPE["vocab_size"])),) * T, "")
-        for g in range(GROUPS) for _ in range(EACH)
-    ]  # fmt: skip
-    group = np.array([r.group for r in made])
-    advantages = grpo.group_advantages(np.arange(len(made)) % EACH == 0, group)
-
-    def measure(rollouts, shared: bool, checkpointing: bool, tokens: int, minibatches: int = 1) -> None:
-        row = {"shared": shared, "checkpointing": checkpointing, "tokens_per_microbatch": tokens}
-        row |= {"minibatches": minibatches, "rollouts": "made" if rollouts is made else "sampled"}
+    def measure(T, silent=0.0, tokens=MICROBATCHES[0], shared=False, checkpointing=False, minibatches=1):
+        row = {"response": T, "rollouts": len(batch[T]), "silent": silent, "tokens_per_microbatch": tokens}
+        row |= {"shared": shared, "checkpointing": checkpointing, "minibatches": minibatches}
+        if any(row.items() <= done.items() for done in result["update"]):
+            return
+        # One of eight is right, but for the first groups: all wrong.
+        group = np.array([r.group for r in batch[T]])
+        live = group >= round(silent * GROUPS[T])
+        advantages = grpo.group_advantages(live & (np.arange(len(group)) % EACH == 0), group)
         choose, grpo.sharing_wins = grpo.sharing_wins, lambda *_: shared
         if CUDA:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        stats: dict = {}
         try:
             seconds = timed(
-                lambda: grpo.update(
-                    model, optimizer, rollouts, advantages, minibatches, bfloat16=True,
+                lambda: stats.update(grpo.update(
+                    model, optimizer, batch[T], advantages, minibatches, bfloat16=True,
                     tokens_per_microbatch=tokens, checkpointing=checkpointing,
-                )
+                ))
             )  # fmt: skip
         except torch.OutOfMemoryError:
             seconds = None
@@ -150,29 +180,36 @@ def main() -> None:
         if seconds is None:
             row["out_of_memory"] = True
         else:
-            row |= {"seconds": seconds, "tokens_per_second": GROUPS * EACH * T / seconds}
-            row["utilisation"] = model_flops(model, shared) / seconds / peak
-        if CUDA:
-            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            row |= {"skipped_tokens": stats["skipped_tokens"], "seconds": seconds}
+            row["tokens_per_second"] = len(batch[T]) * T / seconds
+            flops = model_flops(model, [r for r, x in zip(batch[T], live, strict=True) if x], shared)
+            row["utilisation"] = flops / seconds / (result["matmul_peak_tflops"] * 1e12)
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
         result["update"].append(row)
         save()
 
-    for tokens in MICROBATCHES:
-        for checkpointing, shared in ((False, False), (False, True), (True, False)):
-            measure(made, shared, checkpointing, tokens)
+    for T in GROUPS:
+        for silent in (0.0, 0.6):
+            measure(T, silent)
+    for tokens in MICROBATCHES[1:]:
+        measure(short, tokens=tokens)
+    measure(short, shared=True)
+    measure(short, checkpointing=True)
+    measure(long, checkpointing=True)
     # With several minibatches the log-probs of the old policy are a forward pass more.
-    measure(made, False, False, MICROBATCHES[0], minibatches=8)
+    measure(short, minibatches=8)
 
-    sampler = HFSampler(model, NoTokenizer(), T)
-    sampled = []
-    seconds = timed(lambda: sampled.append(sampler.sample(prompts, np.full(GROUPS, EACH), 0)), 1)
-    save(sample={"seconds": seconds, "tokens_per_second": GROUPS * EACH * T / seconds})
-    # The canary: both sides of one model, bfloat16 products, different kernels and paddings.
-    with torch.no_grad():
-        trainer = grpo.token_logprobs(model, sampled[-1][:4], bfloat16=CUDA)
-    sampler_logp = torch.tensor([x for r in sampled[-1][:4] for x in r.logprobs], device=DEVICE)
-    save(logprob_gap=float((trainer - sampler_logp).abs().mean()))
-    measure(sampled[-1], False, False, MICROBATCHES[0])
+    if "sample" not in result:
+        prompts, counts = [r.prompt_ids for r in batch[short][::EACH]], np.full(GROUPS[short], EACH)
+        HFSampler(model, NoTokenizer(), 4).sample(prompts, counts, 0)  # warms up
+        sampler, sampled = HFSampler(model, NoTokenizer(), short), []
+        seconds = timed(lambda: sampled.extend(sampler.sample(prompts, counts, 0)), 1, warm_ups=0)
+        # The canary: both sides of one model, bfloat16 products, different kernels and paddings.
+        with torch.no_grad():
+            trainer = grpo.token_logprobs(model, sampled[:4], bfloat16=CUDA).cpu().numpy()
+        gap = np.abs(trainer - np.concatenate([r.logprobs for r in sampled[:4]])).mean()
+        speed = len(sampled) * short / seconds
+        save(sample={"seconds": seconds, "tokens_per_second": speed, "logprob_gap": float(gap)})
 
 
 if __name__ == "__main__":

@@ -56,15 +56,6 @@ def make_posteriors(m, seed=0):
     return alpha, beta
 
 
-def at_price(posterior, price):
-    """knapsack.allocate_at_price, with a low limit first: few prompts need to be asked about 128 rollouts."""
-    counts = knapsack.allocate_at_price(posterior, price, n_max=8)
-    for limit in (32, 128):
-        more = np.flatnonzero(counts == counts.max())
-        counts[more] = knapsack.allocate_at_price(tuple(x[more] for x in posterior), price, n_max=limit)
-    return counts
-
-
 class Blocks:
     """The prompts in 256 blocks; a worker has as many blocks as its share. Demand at a price is computed once
     for each block and price: it is the same whoever asks."""
@@ -76,7 +67,7 @@ class Blocks:
     def demands(self, price):
         if price not in self.known:
             start = time.perf_counter()
-            self.known[price] = [int(at_price(part, price).sum()) for part in self.parts]
+            self.known[price] = [int(knapsack.allocate_at_price(part, price).sum()) for part in self.parts]
             self.seconds.append((time.perf_counter() - start) / BLOCKS)
         return np.array(self.known[price])  # (BLOCKS,)
 

@@ -232,6 +232,20 @@ def test_the_main_job(tmp_path):
     assert all_gone(tmp_path / "run")
 
 
+def test_the_gpu_bench_runs(tmp_path):
+    """Catches: a bench that no longer runs on the day there is a GPU; responses that end early."""
+    command = [sys.executable, str(ROOT / "tests" / "bench_gpu_vllm.py"), str(tmp_path / "bench.json")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    phases = [row["phase"] for row in bench["phases"] if row["seconds"] >= 0]
+    step = ["generate", "canary", "sleep", "update", "wake and sync"]
+    assert phases[4:] == [*step * 3, "bare generate", "bare generate, no seeds"]
+    for row in bench["steps"]:
+        assert row["shortest_response"] == bench["response"] and row["grad_norm"] > 0
+        assert row["logprob_gap"] < 1e-4  # and the engine held new weights each time, or sync would have said
+    assert all(speed > 0 for speed in bench["tokens_per_second"].values())
+
+
 @pytest.mark.parametrize("how", ["Ctrl-C", "Ctrl-C twice", "a bug"])
 def test_it_ends_cleanly(tmp_path, how):
     """Catches: an engine that outlives the run."""
