@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import matplotlib.image
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "tutorial"
 CHAPTERS = sorted(TUTORIAL.glob("[0-9]*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n.*?^```\n)?", re.M | re.S)
+each = partial(pytest.mark.parametrize, "chapter", ids=lambda path: path.stem)
 MODULES = ["knapsack", "rollout", "reward", "grpo", "train", "evaluate"]
 
 
@@ -50,7 +52,7 @@ def parts(text: str) -> tuple[str, str]:
     return "\n".join(pieces[::2]), "\n".join(pieces[1::2])
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+@each(CHAPTERS)
 def test_blocks(chapter, tmp_path):
     """Catches: a block that fails; output or a figure in the chapter that its code no longer makes."""
     text = chapter.read_text(encoding="utf-8")
@@ -63,7 +65,7 @@ def test_blocks(chapter, tmp_path):
         assert f"(figures/{made.name})" in text, f"{made.name} is not shown"
 
 
-@pytest.mark.parametrize("chapter", [TUTORIAL / "README.md", *CHAPTERS], ids=lambda path: path.stem)
+@each([TUTORIAL / "README.md", *CHAPTERS])
 def test_names(chapter):
     """Catches: a link or an image to a file that is not there; a function that was renamed."""
     prose, _ = parts(chapter.read_text(encoding="utf-8"))
@@ -76,7 +78,7 @@ def test_names(chapter):
             found = getattr(found, part)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+@each(CHAPTERS)
 def test_numbers(chapter):
     """Catches: a decimal or a percentage in the prose that no block prints or asserts."""
     prose, code = parts(chapter.read_text(encoding="utf-8"))
@@ -84,6 +86,16 @@ def test_numbers(chapter):
     for number, percent in re.findall(r"(?<![\w.])(\d{0,3}\.\d+|\d+(?=\\?%))(\\?%)?(?!\w)", prose):
         forms = {number.lstrip("0"), f".{number:0>2}" if percent else ""}
         assert forms & known, f"{number}{percent}: print it, or assert it in a block"
+
+
+@each([TUTORIAL / "README.md", *CHAPTERS])
+def test_math(chapter):
+    r"""Catches: LaTeX that GitHub garbles. Its Markdown takes the backslash off \, and \{ (write \lbrace),
+    and wants inline formulas on one line, with no letter, digit or hyphen right before or behind."""
+    prose = re.sub(r"`[^`]*`", "code", parts(chapter.read_text(encoding="utf-8"))[0])
+    for before, double, formula, behind in re.findall(r"([^$\n]?)\$(\$?)([^$]+)\$\2(.?)", prose):
+        assert not re.search(r"\\[^\w\s]|\w<|<\w|\}_", formula), formula
+        assert double or not re.search(r"\n|^[\w-]\$|\$\w$", f"{before}${formula}${behind}"), formula
 
 
 def test_map():
