@@ -72,7 +72,7 @@ class Config:
     max_new_tokens: int = setting(40, 1024, "length limit of a response")
     max_prompt_tokens: int = setting(64, 2048, "longer prompts are refused")
     temperature: float = setting(1.0, 1.0, "of the sampling during training")
-    lr: float = setting(1e-4, 1e-6, "AdamW's learning rate")
+    lr: float = setting(3e-4, 1e-6, "AdamW's learning rate")
     warmup_steps: int = setting(10, 5, "steps over which the learning rate rises to --lr")
     minibatches: int = setting(2, 8, "optimizer steps a batch of rollouts")
     clip_low: float = setting(0.2, 0.2, "PPO clip below 1")
@@ -317,12 +317,14 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
             solved = int(tracker.solved([t.id for t in train_tasks]).sum())
             # 5. One row, one line, a picture now and then.
             row = dict.fromkeys(ROW) | {"step": step, **outcome}
-            row |= {"distinct_solved": solved, "budget": c.budget, "logprob_gap": gap}
+            row |= {"distinct_solved": solved, "budget": len(rollouts), "logprob_gap": gap}
             row |= {"lr": parameters["lr"], **stats}
             if step % c.eval_every == 0 or step == c.steps:
                 row |= held_out_success()
             row |= clock.row()
-            row["time_sampled_tokens_per_second"] = row["response_tokens"] * c.budget / row["time_sample"]
+            row["time_sampled_tokens_per_second"] = (
+                row["response_tokens"] * row["budget"] / row["time_sample"]
+            )
             if torch.cuda.is_available():
                 row["mem_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             append(out / "metrics.jsonl", row)
@@ -739,7 +741,9 @@ def draw_dashboard(out: Path, epoch: int) -> None:
         total = sum(s for s, _ in seconds)
         f.set(title=f"{total:.0f} seconds, most of them: {seconds[-1][1]}", xlabel="seconds")
         for axis, place in zip(
-            (a, b, c, d, e), ["lower right"] * 3 + ["upper right", "upper center"], strict=True
+            (a, b, c, d, e),
+            ["lower right", "best", "lower right", "upper right", "upper center"],
+            strict=True,
         ):
             axis.legend(loc=place, fontsize=8)
 

@@ -105,7 +105,7 @@ CASES = {
     "a run folder where nobody may write": ("--out /proc/run", {}, "/proc/run"),
     "a resumed run that is not there": ("--resume no/such/run", {}, "no config.json there"),
     "resumed with other settings": (
-        "--resume old --lr 1 --steps 100 --seed 2", OLD, "has --lr 0.0001 (not 1.0), --seed 0 (not 2): drop",
+        "--resume old --lr 1 --steps 100 --seed 2", OLD, "has --lr 0.0003 (not 1.0), --seed 0 (not 2): drop",
     ),
     "resumed into another folder": ("--resume old --out new", OLD, "drop --out"),
     "resumed from settings cut short": ("--resume old", {"old/config.json": '{"steps": 1'}, "is damaged"),
