@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "tutorial"
+sys.path.append(str(TUTORIAL))
 CHAPTERS = sorted(TUTORIAL.glob("[0-9]*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n.*?^```\n)?", re.M | re.S)
 each = partial(pytest.mark.parametrize, "chapter", ids=lambda path: path.stem)
