@@ -6,7 +6,8 @@ TRL wants a virtual environment of its own; everything runs in that one (grpo.py
     .venv-trl/bin/pip install torch==2.13.0 'transformers>=5.16.1,<5.20' trl==1.16.0 accelerate datasets
     OMP_NUM_THREADS=2 .venv-trl/bin/python tests/bench_grpo.py [--smollm2 FOLDER] [--out FILE.json]
 
-Where TRL is not installed its columns stay empty. FOLDER is what tutorial/get_smollm2.py writes.
+Where TRL is not installed its columns stay empty. FOLDER is what tutorial/get_smollm2.py writes. One run on
+two cores, the embedded model and SmolLM2's first batch, is kept in tutorial/results/bench_grpo.json.
 
 What is timed: one optimizer step on one batch of rollouts (log-probs, loss, backward, clipping, AdamW), in
 float32, from the same weights, token ids and advantages; no KL; a learning rate of 0, so that every
