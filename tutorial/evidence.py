@@ -556,9 +556,8 @@ def long_table() -> str:
         cells = [name, f"{mean_of(part, name, 'effective_rollouts'):.2f}", with_error(s[:, -1])]
         for base in (uniform, ours):
             difference = (s - base)[:, 1:].mean(1)
-            cells += [with_error(difference), verdict(difference)]
+            cells += [with_error(difference), verdict(difference)] if difference.any() else ["", ""]
         lines.append(cells)
-    lines[0][-2:] = ["", ""]
     head = f"seeds 0 to {seeds - 1} | effective rollouts | final | all the way: minus uniform | "
     return table(head + "| minus knapsack | ", lines)
 
