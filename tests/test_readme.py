@@ -51,7 +51,9 @@ def test_evidence():
         assert success.shape == (8, 6)
         cells, difference = [name, evidence.with_error(success[:, -1])], success[:, -1] - base[:, -1]
         cells.append(
-            f"{evidence.with_error(difference)} ({evidence.verdict(difference)})" if name != "uniform" else ""
+            f"{evidence.with_error(difference, '+.3f')} ({evidence.verdict(difference)})"
+            if name != "uniform"
+            else ""
         )
         cells += [f"{evidence.mean_of('main', name, f'effective_{k}'):.2f}" for k in ("rollouts", "prompts")]
         of = [r for r in evidence.load("main") if r["name"] == name]

@@ -8,7 +8,7 @@ The parts, in this order; every run of a part spends the same number of rollouts
     lr          {uniform, paper, knapsack} x 3 learning rates x seeds 100, 101; 100 steps of 512 rollouts
     main        the three, each at its best learning rate, seeds 0 to 7, 100 steps
     smollm2     the three on SmolLM2-135M's additions, 40 steps, seed 0: one seed is an illustration
-    long        two changes over the whole 100 steps, to see why; seeds 0 to 3
+    long        three changes over the whole 100 steps, to see why; seeds 0 to 3
     estimates   another estimate of p, and
     ablations   one other thing changed at a time: seeds 0 to 3, 20,480 rollouts; compared with `main` there
     budgets     a budget that changes as training goes on, seeds 0 to 3; 51,200 rollouts in all
@@ -98,7 +98,7 @@ def drifting(gain=0.3):
 
 def told(samples):
     """Before each step, so many more answers of today's model to each prompt say how hard it is. They are not
-    counted and not learned from: an upper bound, what allocation could do if it knew p."""
+    counted and not learned from: about what allocation could do if it knew p."""
     import reward
 
     plain, run, verifier = train.set_up, {}, reward.Verifier()
@@ -249,17 +249,17 @@ VARIANTS = {
         "16 a prompt": ("knapsack", DOUBLE, None),
         "filtered": ("uniform", DOUBLE + " --prompts 128", lambda: first_mixed(64)),
     },
-    "long": {
-        "P(mixed) only": ("knapsack", "", lambda: counts_by(posterior, no_info_gain)),
-        "told p": ("knapsack", "", lambda: told(16)),
-        "drifting": ("knapsack", "", drifting),
-    },
     "budgets": {
         "more early": ("knapsack", "", lambda: budget_from(768, 256)),
         "more late": ("knapsack", "", lambda: budget_from(256, 768)),
         "a price": ("knapsack", "", at_price),  # the mean price that the main runs of other seeds paid
     },
 }  # fmt: skip
+VARIANTS["long"] = {
+    "P(mixed) only": VARIANTS["ablations"]["P(mixed) only"],
+    "told p": ("knapsack", "", lambda: told(16)),
+    "drifting": VARIANTS["estimates"]["drifting"],
+}
 SHORTER = ("estimates", "ablations")
 SEEDS = {"lr": (100, 101), "main": range(8), "smollm2": (0,)}
 SEEDS |= {part: range(4) for part in ("long", "estimates", "ablations", "budgets")}
@@ -273,12 +273,18 @@ def load(part=None):
     return [row for row in rows if part in (None, row["part"])]
 
 
-def best_rate(allocator, rows) -> float:
-    scores = collections.defaultdict(list)
+def scores(allocator, rows) -> dict[float, float]:
+    """{learning rate: held-out success, mean over the evaluations from step 60 on and over the seeds}"""
+    found = collections.defaultdict(list)
     for row in rows:
         if row["part"] == "lr" and row["name"] == allocator:
-            scores[row["lr"]] += [s for step, _, s, _ in row["evaluations"] if step >= 60]
-    return max(scores, key=lambda lr: np.mean(scores[lr]))
+            found[row["lr"]] += [s for step, _, s, _ in row["evaluations"] if step >= 60]
+    return {lr: float(np.mean(x)) for lr, x in found.items()}
+
+
+def best_rate(allocator, rows) -> float:
+    of = scores(allocator, rows)
+    return max(of, key=of.get)
 
 
 def mean_price(work, seed) -> float:
@@ -405,11 +411,10 @@ def curves(part, name, last=10**9) -> tuple[np.ndarray, np.ndarray]:
     return np.mean([[x for x, _ in p] for p in points], 0), np.array([[s for _, s in p] for p in points])
 
 
-def with_error(values, digits=3) -> str:
-    """Mean and standard error over seeds; with its sign where it is a difference."""
+def with_error(values, form=".3f") -> str:
+    """Mean and standard error over seeds; form "+.3f" for a difference."""
     se = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    sign = "+" if np.min(values) < 0 else ""
-    return f"{np.mean(values):{sign}.{digits}f} ± {se:.{digits}f}"
+    return f"{np.mean(values):{form}} ± {se:{form.lstrip('+')}}"
 
 
 # Student's t at 97.5% for n - 1 degrees of freedom: standard errors of n seeds are themselves uncertain.
@@ -460,15 +465,11 @@ def table(head, lines) -> str:
 
 
 def lr_table() -> str:
-    """Held-out success from step 60 on, mean over two seeds; a star marks the rate that was taken."""
+    """`scores`; a star marks the rate that was taken."""
     lines = []
     for name in ALLOCATORS:
-        cells = [name]
-        for lr in RATES:
-            rows = [r for r in load("lr") if (r["name"], r["lr"]) == (name, lr)]
-            score = np.mean([s for r in rows for step, _, s, _ in r["evaluations"] if step >= 60])
-            cells.append(f"{score:.3f}" + ("*" if lr == best_rate(name, load()) else ""))
-        lines.append(cells)
+        of, best = scores(name, load()), best_rate(name, load())
+        lines.append([name, *(f"{of[lr]:.3f}" + "*" * (lr == best) for lr in RATES)])
     return table("allocator | " + " | ".join(f"{lr:g}" for lr in RATES), lines)
 
 
@@ -482,7 +483,7 @@ def main_table() -> str:
             cells += ["", "", "", ""]
         else:
             last, area = s[:, -1] - base[:, -1], (s - base)[:, 1:].mean(1)
-            cells += [with_error(last), verdict(last), with_error(area), verdict(area)]
+            cells += [with_error(last, "+.3f"), verdict(last), with_error(area, "+.3f"), verdict(area)]
         ratio, low, high = rollouts_ratio(name)
         said = [f"{x:.2f}" if x < np.inf else "never" for x in (ratio, low, high)]
         lines.append([*cells, "{} ({} to {})".format(*said)])
@@ -498,7 +499,7 @@ def rollouts_table() -> str:
         solved, largest = [r["solved"][-1] for r in rows], max(r["largest"] for r in rows)
         ms = np.mean([1000 * r["seconds"]["allocate"] / STEPS for r in rows])
         shares = [f"{mean_of('main', name, k):.3f}" for k in ("effective_rollouts", "effective_prompts")]
-        lines.append([name, *shares, with_error(solved, 0), largest, f"{ms:.1f}"])
+        lines.append([name, *shares, with_error(solved, ".0f"), largest, f"{ms:.1f}"])
     return table(head, lines)
 
 
@@ -522,17 +523,14 @@ AGAINST |= {n: ("ablations", f"{n}, uniform") for n in ("sequence mean", "4 a pr
 
 
 def ablations(part) -> list[tuple]:
-    """(name, what it is compared with, final (seeds,), differences (seeds,))"""
-    found, rows = [], load(part)
+    """(name, what it is compared with, final (seeds,), differences (seeds,)) of a part that is through"""
+    found = []
     for name in VARIANTS[part]:
-        seeds = [r["seed"] for r in rows if r["name"] == name]
-        if not seeds or name.endswith("uniform"):
-            continue
-        where, other = AGAINST.get(name, ("main", "knapsack"))
-        spent, s = curves(part, name)
-        base = curves(where, other, last=spent[-1])[1]
-        n = min(len(s), len(base))
-        found.append((name, other, s[:n, -1], s[:n, -1] - base[:n, -1]))
+        if not name.endswith("uniform"):
+            where, other = AGAINST.get(name, ("main", "knapsack"))
+            spent, s = curves(part, name)
+            base = curves(where, other, last=spent[-1])[1][: len(s)]  # main has more seeds
+            found.append((name, other, s[:, -1], (s - base)[:, -1]))
     return found
 
 
@@ -540,7 +538,7 @@ def ablation_table(part) -> str:
     lines = []
     for name, other, final, difference in ablations(part):
         effective = f"{mean_of(part, name, 'effective_rollouts'):.2f}"
-        of = with_error(difference)
+        of = with_error(difference, "+.3f")
         lines.append([name, effective, with_error(final), other, of, verdict(difference)])
     return table("changed | effective rollouts | held-out success | against | difference | ", lines)
 
@@ -551,12 +549,10 @@ def long_table() -> str:
     uniform, ours = (curves("main", name)[1][:seeds] for name in ("uniform", "knapsack"))
     for part, name in (("main", "knapsack"), *(("long", n) for n in VARIANTS["long"])):
         s = curves(part, name)[1][:seeds]
-        if not len(s):
-            continue
         cells = [name, f"{mean_of(part, name, 'effective_rollouts'):.2f}", with_error(s[:, -1])]
         for base in (uniform, ours):
             difference = (s - base)[:, 1:].mean(1)
-            cells += [with_error(difference), verdict(difference)] if difference.any() else ["", ""]
+            cells += [with_error(difference, "+.3f"), verdict(difference)] if difference.any() else ["", ""]
         lines.append(cells)
     head = f"seeds 0 to {seeds - 1} | effective rollouts | final | all the way: minus uniform | "
     return table(head + "| minus knapsack | ", lines)
@@ -567,7 +563,7 @@ def budget_table() -> str:
     for name in ("constant", *VARIANTS["budgets"]):
         spent, s = curves("budgets", name) if name != "constant" else (curves("main", "knapsack")[0], base)
         difference = s[:, -1] - base[:, -1]
-        of = [with_error(difference), verdict(difference)] if name != "constant" else ["", ""]
+        of = [with_error(difference, "+.3f"), verdict(difference)] if name != "constant" else ["", ""]
         lines.append([name, f"{spent[-1]:,.0f}", with_error(s[:, -1]), *of])
     return table("budget | rollouts | final | final - constant | ", lines)
 
@@ -626,12 +622,12 @@ def draw_ablations(path) -> None:
 
 
 def draw_budgets(path) -> None:
-    looks = {"more early": "--", "more late": "-.", "a price": ":"}
+    looks = {"more early": ("#d9741a", "--"), "more late": ("#7a7a7a", "-."), "a price": ("#2e7d32", ":")}
     with train.picture(path, 1, 2) as (_, (a, b)):
         band(a, "main", "knapsack", label="constant", color="#0057a8")
         b.axhline(EACH_STEP, color="#0057a8")
-        for name, style in looks.items():
-            look = dict(color={"--": "#d9741a", "-.": "#7a7a7a", ":": "#2e7d32"}[style], linestyle=style)
+        for name, (color, style) in looks.items():
+            look = dict(color=color, linestyle=style)
             band(a, "budgets", name, label=name, **look)
             spent = np.mean([r["means"]["budget"] for r in load("budgets") if r["name"] == name], 0)
             b.plot((np.arange(len(spent)) + 0.5) * 10, spent, **look)
@@ -640,16 +636,27 @@ def draw_budgets(path) -> None:
         a.legend(loc="lower right")
 
 
-FIGURES = {"evidence": draw_main, "ablations": draw_ablations, "budgets": draw_budgets}
+TABLES = {
+    "main": (lr_table, main_table, rollouts_table, *(partial(groups_table, a) for a in ALLOCATORS[1:])),
+    "long": (long_table,),
+    "estimates": (partial(ablation_table, "estimates"),),
+    "ablations": (partial(ablation_table, "ablations"),),
+    "budgets": (budget_table,),
+}
+FIGURES = {"main": ("evidence", draw_main), "ablations": ("ablations", draw_ablations)}
+FIGURES |= {"budgets": ("budgets", draw_budgets)}
 
 
 def report(args) -> None:
-    for text in (lr_table, main_table, rollouts_table, long_table, *SHORTER, budget_table):
-        print(f"\n{ablation_table(text) if text in SHORTER else text()}")
-    for name in ALLOCATORS[1:]:
-        print(f"\ngroups of {name}\n{groups_table(name)}")
-    for name, draw in FIGURES.items():
-        draw(HERE / "figures" / f"{name}.png")
+    for part, tables in TABLES.items():
+        missing = len(VARIANTS[part]) * len(SEEDS[part]) - len(load(part))
+        if missing:
+            print(f"{part}: {missing} runs to go, left out\n")
+            continue
+        print(part, *(text() for text in tables), "", sep="\n\n")
+        if part in FIGURES:
+            name, draw = FIGURES[part]
+            draw(HERE / "figures" / f"{name}.png")
 
 
 # ------------------------------------------------------------------------------------ entry point

@@ -44,7 +44,6 @@ def main() -> None:
     )
     parser.add_argument("--ceiling", help="what make_tiny_model.py --clean wrote; else the recorded one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--allocator", default="knapsack")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "headroom.json")
     args = parser.parse_args()
 
@@ -58,7 +57,7 @@ def main() -> None:
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(HERE.parent / "train.py"), "--seed", str(seed)]
-            command += ["--allocator", args.allocator, "--out", folder + "/run"]
+            command += ["--out", folder + "/run"]
             begin = time.time()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             seconds = time.time() - begin
@@ -69,7 +68,6 @@ def main() -> None:
     result = {
         "what": "held-out success, 256 problems x 16 samples, temperature 1",
         "cores": len(os.sched_getaffinity(0)),
-        "allocator": args.allocator,
         "shipped": [start, start_se],
         "ceiling": [ceiling, ceiling_se],
         "runs": runs,
