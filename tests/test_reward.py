@@ -566,12 +566,14 @@ def test_ctrl_c_in_a_batch_leaves_no_stale_reply(tmp_path):
     script.write_text(
         "import os, signal, threading, time\n"
         "from reward import Verifier\n"  # no main guard: starting workers must not run this file again
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "with Verifier(workers=2, timeout=2) as v:\n"
         "    v.score_many(['\\\\boxed{x}', '\\\\boxed{y}'], ['z', 'z'])\n"
         "    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    try:\n"
-        "        for k in range(8, 10**6):\n"  # new ones until the signal comes, however fast the machine
-        "            v.score_many(['\\\\boxed{(9^{%d})!}' % k, '\\\\boxed{9^{9^{%d}}}' % k], ['x+5'] * 2)\n"
+        "        v.score_many(['\\\\boxed{9^{9^{9^%d}}}' % i for i in range(9)], ['x+5'] * 9)\n"
+        "        v.score_many(['\\\\boxed{(9^%d)!}' % i for i in range(8, 20)], ['5'] * 12)\n"
+        "        print('not interrupted')\n"
         "    except KeyboardInterrupt:\n"
         "        completions = ['\\\\boxed{x+%d}' % i for i in range(6)]\n"
         "        rewards = v.score_many(completions, ['%d+x' % i for i in range(6)])\n"
