@@ -8,7 +8,7 @@ The parts, in this order; every run of a part spends the same number of rollouts
     lr          {uniform, paper, knapsack} x 3 learning rates x seeds 100, 101; 100 steps of 512 rollouts
     main        the three, each at its best learning rate, seeds 0 to 7, 100 steps
     smollm2     the three on SmolLM2-135M's additions, 40 steps, seed 0: one seed is an illustration
-    long        three changes over the whole 100 steps, to see why; seeds 0 to 3
+    long        three changes over the whole 100 steps, to see why; seeds 0 to 7
     estimates   another estimate of p, and
     ablations   one other thing changed at a time: seeds 0 to 3, 20,480 rollouts; compared with `main` there
     budgets     a budget that changes as training goes on, seeds 0 to 3; 51,200 rollouts in all
@@ -108,7 +108,7 @@ def told(samples):
         run["answer"], run["prompts"], run["sampler"] = {t.id: t.answer for t in tasks}, *parts[2:]
         return parts
 
-    seeds = itertools.count(500_000)  # no step of seeds 0 to 3 has such a one
+    seeds = itertools.count(500_000)  # no step of seeds 0 to 7 has such a one
 
     def estimate(tracker, ids):
         trials = np.full(len(ids), samples)
@@ -261,8 +261,8 @@ VARIANTS["long"] = {
     "drifting": VARIANTS["estimates"]["drifting"],
 }
 SHORTER = ("estimates", "ablations")
-SEEDS = {"lr": (100, 101), "main": range(8), "smollm2": (0,)}
-SEEDS |= {part: range(4) for part in ("long", "estimates", "ablations", "budgets")}
+SEEDS = {"lr": (100, 101), "main": range(8), "smollm2": (0,), "long": range(8)}
+SEEDS |= {part: range(4) for part in ("estimates", "ablations", "budgets")}
 
 # ------------------------------------------------------------------------------------------ running
 
