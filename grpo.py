@@ -52,6 +52,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+# On Hopper torch >= 2.11 takes cuDNN's attention first. With a mask its gradient can be NaN (pytorch#196678;
+# Qwen2.5 is among those it meets), and it plans anew for each length. Off, for the whole process.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # ------------------------------------------------------------------------------------ advantages
 
 
@@ -176,7 +180,7 @@ def _shared_pass(decoder, rollouts, device) -> tuple[torch.Tensor, torch.Tensor]
         ids, mask = _padded([rollouts[i].response_ids for i in part], device)  # (r, T)
         rows = torch.tensor([row_of[rollouts[i].group] for i in part], device=device)  # (r,)
         # The prompt's last column predicts the first response token.
-        # index_select, not x[rows]: the backward pass of the latter adds up in no fixed order.
+        # index_select, not x[rows]: on a CPU the backward pass of the latter adds up in no fixed order.
         hidden = last.index_select(0, rows)  # (r, 1, H)
         T = ids.shape[1]
         if T > 1:
@@ -494,6 +498,8 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     if not norms:
         return stats
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # the last step is still on its way
     stats |= {
         "loss": sums["loss"] * len(batches) / len(norms),
         "grad_norm": float(np.mean(norms)),

@@ -24,6 +24,9 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 
+# As in grpo.py: on Hopper cuDNN's attention would plan anew for each length, that is for each token sampled.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -420,7 +423,11 @@ class VLLMSampler:
         return pairs
 
     def close(self) -> None:
-        """Shut the engine down."""
+        """Shut the engine down; awake, as vLLM would unmap what a sleeping one has unmapped already."""
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up()
+            self.asleep = False
         self.llm.llm_engine.engine_core.shutdown()
 
 

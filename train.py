@@ -302,6 +302,7 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
             advantages = grpo.group_advantages(rewards, group)  # (R,)
             gap = canary(model, rollouts, c, grpo.token_logprobs)
             sampler.sleep()
+            clock.lap("sync")
             for parameters in optimizer.param_groups:
                 parameters["lr"] = c.lr * min(1.0, step / max(1, c.warmup_steps))
             stats = grpo.update(
@@ -310,6 +311,7 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
                 checkpointing=c.checkpointing, clip_low=c.clip_low, clip_high=c.clip_high,
             )  # fmt: skip
             clock.lap("update")
+            stats |= memory_in_use()
             # 4. New weights to the sampler, outcomes to the tracker.
             sampler.sync(model)
             clock.lap("sync")
@@ -325,8 +327,6 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
             row["time_sampled_tokens_per_second"] = (
                 row["response_tokens"] * row["budget"] / row["time_sample"]
             )
-            if torch.cuda.is_available():
-                row["mem_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             append(out / "metrics.jsonl", row)
             who = {"step": step, "ids": ids, "estimate": [round(float(p), 4) for p in estimate]}
             who |= {"counts": counts.tolist(), "successes": successes.tolist()}
@@ -469,16 +469,30 @@ def describe(row: dict, steps: int, clock: Clock) -> str:
     return text
 
 
+def memory_in_use() -> dict:
+    """Of the GPU, by whomever. Torch keeps what it has freed: after an update, the most that it took."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"mem_peak_gib": (total - free) / 2**30}
+
+
 class Clock:
-    """Where the seconds of a step go."""
+    """Where the seconds of a step go. A lap ends when the GPU is through with it."""
 
     def __init__(self):
+        import torch
+
+        self.wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
         self.last = time.perf_counter()
         self.laps: dict[str, float] = defaultdict(float)
         self.steps: deque[float] = deque(maxlen=20)
 
     def lap(self, name: str) -> None:
         """Everything since the last lap was `name`."""
+        self.wait()
         now = time.perf_counter()
         self.laps[name] += now - self.last
         self.last = now
@@ -860,6 +874,11 @@ def main(argv=None) -> None:
         sys.exit(f"train.py: stopped: a write failed ({error}); the last checkpoint is whole: {go_on}")
     except (RunStopped, FloatingPointError) as error:
         sys.exit(f"train.py: stopped: {error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported this far out
+            raise
+        less = "a lower --tokens-per-microbatch, --checkpointing, or a lower --gpu-memory"
+        sys.exit(f"train.py: stopped: out of GPU memory; start a new run with {less}")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,23 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_gpu_is_one_line(main, tmp_path, monkeypatch):
+    """Catches: a traceback where a smaller batch is all that is needed; another error taken for this one."""
+    import torch
+
+    import grpo
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(grpo, "update", full)
+    error, _ = main(*SMALL, "--out", tmp_path / "run")
+    assert "stopped: out of GPU memory; start a new run with a lower --tokens-per-microbatch" in error
+    monkeypatch.setattr(grpo, "update", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        main(*SMALL, "--out", tmp_path / "other")
+
+
 def test_a_sampler_with_other_weights_ends_the_run(main, tmp_path, monkeypatch):
     """The sampler says every token was a nat likelier than the trainer says: it is another policy."""
     honest = rollout.HFSampler.sample
