@@ -559,18 +559,21 @@ def long_table() -> str:
 
 
 def budget_table() -> str:
-    lines, base = [], curves("main", "knapsack")[1][:4]
+    """The price is a guess and need not spend all: the constant budget is read where as much was spent."""
+    lines, (at, base) = [], curves("main", "knapsack")
     for name in ("constant", *VARIANTS["budgets"]):
-        spent, s = curves("budgets", name) if name != "constant" else (curves("main", "knapsack")[0], base)
-        difference = s[:, -1] - base[:, -1]
+        spent, s = curves("budgets", name) if name != "constant" else (at, base[: len(SEEDS["budgets"])])
+        same = np.array([np.interp(spent[-1], at, b) for b in base[: len(s)]])
+        difference = s[:, -1] - same
         of = [with_error(difference, "+.3f"), verdict(difference)] if name != "constant" else ["", ""]
         lines.append([name, f"{spent[-1]:,.0f}", with_error(s[:, -1]), *of])
-    return table("budget | rollouts | final | final - constant | ", lines)
+    return table("budget | rollouts | final | minus constant | ", lines)
 
 
-def band(axis, part, name, **look) -> None:
-    """Mean and standard error over seeds."""
+def band(axis, part, name, seeds=None, **look) -> None:
+    """Mean and standard error over the seeds, or the first so many."""
     spent, s = curves(part, name)
+    s = s[:seeds]
     mean, se = s.mean(0), s.std(0, ddof=1) / np.sqrt(len(s)) if len(s) > 1 else np.zeros(len(spent))
     axis.plot(spent / 1000, mean, marker="o", ms=3, **look)
     axis.fill_between(spent / 1000, mean - se, mean + se, color=look["color"], alpha=0.2, lw=0)
@@ -624,7 +627,7 @@ def draw_ablations(path) -> None:
 def draw_budgets(path) -> None:
     looks = {"more early": ("#d9741a", "--"), "more late": ("#7a7a7a", "-."), "a price": ("#2e7d32", ":")}
     with train.picture(path, 1, 2) as (_, (a, b)):
-        band(a, "main", "knapsack", label="constant", color="#0057a8")
+        band(a, "main", "knapsack", len(SEEDS["budgets"]), label="constant", color="#0057a8")
         b.axhline(EACH_STEP, color="#0057a8")
         for name, (color, style) in looks.items():
             look = dict(color=color, linestyle=style)
