@@ -30,12 +30,18 @@ class SuccessTracker:
                      `prior_strength`: small trusts a prompt's own record, large trusts the crowd.
     After 0 of 4 and then 4 of 4 right, the estimate is .50 at (discount, prior_strength) = (1, .25): all
     counts equally; .57 at (.75, .25); .96 at (0, .25): no past; .78 at (0, 4): pulled to the crowd.
+
+    A record is as old as its prompt's last visit, and others show meanwhile how the model moves. With
+    `drift` > 0 every posterior mean is moved by a common `shift` of its log-odds, and each visit moves the
+    shift by `drift` times what its mean success rate has more (in log-odds) than was expected of it.
+    tutorial/7_evidence.md tries (drift, prior_strength) = (.3, 1) on a model that learns fast.
     """
 
-    def __init__(self, discount: float = 0.75, prior_strength: float = 0.25):
+    def __init__(self, discount: float = 0.75, prior_strength: float = 0.25, drift: float = 0.0):
         _require(0 <= discount <= 1, "discount", discount, "choose it in [0, 1]")
         _require(0 < prior_strength < np.inf, "prior_strength", prior_strength, "choose it > 0")
-        self.discount, self.prior_strength = discount, prior_strength
+        _require(0 <= drift <= 1, "drift", drift, "choose it in [0, 1]")
+        self.discount, self.prior_strength, self.drift, self.shift = discount, prior_strength, drift, 0.0
         self._row: dict[str | int, int] = {}  # id -> row of _seen
         # (rows, 1 + VISITS_KEPT, 2) of (successes, trials): the discounted sums, then the visits as they
         # were, newest first. The last row stays empty: row -1, an unseen id, reads zeros.
@@ -51,6 +57,9 @@ class SuccessTracker:
         _require((s % 1 == 0) & (s <= t), "successes", s, "pass a count, at most the trials")
         odd = [i for i in ids if not isinstance(i, (str, int, np.integer))]
         _require(not odd, "ids", odd[:1], "an id is a str or an int")
+        if self.drift and (t > 0).any():
+            expected, came = self.estimate(ids)[t > 0].mean(), (s[t > 0] / t[t > 0]).mean()
+            self.shift += self.drift * (_log_odds(came) - _log_odds(expected))
         for i in ids:
             self._row.setdefault(i if isinstance(i, str) else int(i), len(self._row))
         if len(self._row) >= len(self._seen):  # twice the room, so that growing stays linear
@@ -78,7 +87,9 @@ class SuccessTracker:
     def posterior(self, ids) -> tuple[np.ndarray, np.ndarray]:
         """(alpha, beta), each (M,): ids[i] has p ~ Beta(alpha[i], beta[i]); if unseen, the prior."""
         (alpha0, beta0), (s, t) = self.prior(), self._seen[self._rows(ids), 0].T
-        return alpha0 + s, beta0 + (t - s)
+        alpha, beta = alpha0 + s, beta0 + (t - s)
+        mean = alpha / (alpha + beta * np.exp(-self.shift))  # its log-odds: log(alpha / beta) + shift
+        return ((alpha + beta) * mean, (alpha + beta) * (1 - mean)) if self.shift else (alpha, beta)
 
     def estimate(self, ids) -> np.ndarray:
         """(M,) posterior mean of p."""
@@ -101,13 +112,20 @@ class SuccessTracker:
     def state_dict(self) -> dict:
         """Everything, in JSON types. Ids are list entries: as keys, JSON would turn 7 into "7"."""
         ids, seen = list(self._row), self._seen[: len(self._row) + 1].tolist()
-        return {"discount": self.discount, "prior_strength": self.prior_strength, "ids": ids, "seen": seen}
+        settings = {k: getattr(self, k) for k in ("discount", "prior_strength", "drift", "shift")}
+        return settings | {"ids": ids, "seen": seen}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state_dict, bit for bit."""
         self.discount, self.prior_strength = state["discount"], state["prior_strength"]
+        self.drift, self.shift = state.get("drift", 0.0), state.get("shift", 0.0)  # older files have none
         self._row = {i: row for row, i in enumerate(state["ids"])}
         self._seen = np.array(state["seen"], float)
+
+
+def _log_odds(p: float) -> float:
+    p = np.clip(p, 0.01, 0.99)  # a batch all right or all wrong is no infinite surprise
+    return float(np.log(p / (1 - p)))
 
 
 def _require(ok, name: str, value, fix: str) -> None:

@@ -217,10 +217,49 @@ def test_solved_remembers():
     assert tracker.solved(["a", "b", "new"]).tolist() == [True, False, False]
 
 
+def test_drift_is_the_naive_loop():
+    """Catches: a shift that forgets, is applied twice, or learns from what it has not yet predicted."""
+    plain, drifting, shift, most = SuccessTracker(), SuccessTracker(drift=0.3), 0.0, 0.0
+    for ids, s, t in random_history(np.random.default_rng(6)):
+        odds = [p / (1 - p) * np.exp(shift) for p in plain.estimate(ids)]
+        moved = [o / (1 + o) for o in odds]
+        np.testing.assert_allclose(drifting.estimate(ids), moved, rtol=1e-12)
+        both = zip(plain.posterior(ids), drifting.posterior(ids), strict=True)
+        np.testing.assert_allclose(*(a + b for a, b in zip(*both, strict=True)), rtol=1e-12)
+        came, expected = (min(max(float(np.mean(x)), 0.01), 0.99) for x in (s / t, moved))
+        shift += 0.3 * (np.log(came / (1 - came)) - np.log(expected / (1 - expected)))
+        for tracker in (plain, drifting):
+            tracker.update(ids, s, t)
+        most = max(most, abs(shift))
+    assert most > 0.1
+
+
+def test_drift_follows_a_model_that_learns():
+    """200 prompts, 50 a step; everybody's log-odds rise by 0.1 a step for 40 steps, then stay. Catches: a
+    shift of the wrong sign, and one that stays when there is nothing left to follow."""
+    rng, start = np.random.default_rng(0), np.random.default_rng(1).normal(-2, 1.5, 200)
+    trackers = SuccessTracker(prior_strength=1), SuccessTracker(prior_strength=1, drift=0.3)
+    error = np.zeros((2, 160))
+    for step in range(160):
+        ids = np.arange(200)[step % 4 :: 4]
+        p = 1 / (1 + np.exp(-start[ids] - 0.1 * min(step, 40)))
+        s = rng.binomial(8, p)
+        for k, tracker in enumerate(trackers):
+            error[k, step] = np.mean(tracker.estimate(ids) - p)
+            tracker.update(ids, s, np.full(50, 8))
+    late = np.abs(error[:, 8:40].mean(1))
+    assert late[0] > 0.1 and late[1] < late[0] / 5
+    assert abs(error[1, 100:].mean()) < 0.01 and abs(trackers[1].shift) < 0.3
+
+
 def test_state_round_trips_through_json():
     """Catches: int ids that come back as strings, and estimates that differ in the last bit."""
     rng = np.random.default_rng(3)
-    tracker = SuccessTracker(0.9, 0.3)
+    tracker = SuccessTracker(0.9, 0.3, drift=0.2)
+    older = {k: v for k, v in SuccessTracker().state_dict().items() if k not in ("drift", "shift")}
+    tracker.load_state_dict(older)  # of a run folder from before there was a drift
+    assert (tracker.drift, tracker.shift) == (0, 0)
+    tracker = SuccessTracker(0.9, 0.3, drift=0.2)
     empty = SuccessTracker()
     empty.load_state_dict(json.loads(json.dumps(SuccessTracker(0.5).state_dict())))
     assert empty.discount == 0.5 and np.array_equal(empty.estimate([1]), SuccessTracker(0.5).estimate([1]))
@@ -644,6 +683,7 @@ BAD = [
     (lambda: solve_greedy([[0.0, 1.0, 5.0]], 1), "gain = 4.0: use solve_dp"),
     (lambda: SuccessTracker(discount=1.5), "discount = 1.5"),
     (lambda: SuccessTracker(prior_strength=0), "prior_strength = 0: choose it > 0"),
+    (lambda: SuccessTracker(drift=-0.1), r"drift = -0.1: choose it in \[0, 1\]"),
     (lambda: SuccessTracker().update(["a"], [2], [1]), "successes = 2.0: pass a count, at most the trials"),
     (lambda: SuccessTracker().update(["a"], [0.5], [1]), "successes = 0.5"),
     (lambda: SuccessTracker().update(["a"], [0], [np.nan]), "trials = nan"),
