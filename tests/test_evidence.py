@@ -57,10 +57,9 @@ def test_summary():
     for name, values in row["means"].items():
         assert np.isclose(np.mean(values), np.mean([m[name] for m in metrics[1:]]), atol=1e-4), name
     assert row["solved"][-1] == metrics[-1]["distinct_solved"] and len(row["solved"]) == 10
-    groups = row["groups_up_to_2_to_the"].values()
-    assert sum(n for n, _, _ in groups) == 6400
-    mixed = sum(64 * m["effective_prompts"] for m in metrics[1:])
-    assert sum(m for _, m, _ in groups) == round(mixed)
+    groups, mixed, _, inside = np.sum(list(row["groups_up_to_2_to_the"].values()), 0)
+    assert (groups, mixed) == (6400, round(sum(64 * m["effective_prompts"] for m in metrics[1:])))
+    assert 0.2 < inside / groups < 0.6
 
 
 def test_when_reached():
@@ -129,21 +128,6 @@ def test_report(monkeypatch, tmp_path, capsys):
     """Catches: a report that stops at a part not run yet; tables and figures that fail on the day it is."""
     (tmp_path / "figures").mkdir()
     monkeypatch.setattr(evidence, "HERE", tmp_path)
-    main = evidence.load("main")
-    evidence.report(None)
-    assert "budgets: 12 runs to go, left out" in capsys.readouterr().out
-    # As if all had run: made-up rows, from main's.
-    rows = evidence.load("lr") + main
-    for part in ("long", *evidence.SHORTER, "budgets"):
-        rows += [r | {"part": part, "name": n} for n in evidence.VARIANTS[part] for r in main[:4]]
-    for k, row in enumerate(rows):
-        if row["part"] not in ("lr", "main"):
-            rows[k] = row | {
-                "seed": k % 4,
-                "evaluations": [[*e[:2], e[2] + (k * k % 97) / 9999, 0] for e in row["evaluations"]],
-            }
-    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "rows.jsonl")
-    evidence.RESULTS.write_text("\n".join(map(json.dumps, rows)) + "\n")
     evidence.report(None)
     said = capsys.readouterr().out
     assert "left out" not in said and "nan" not in said
@@ -154,6 +138,11 @@ def test_report(monkeypatch, tmp_path, capsys):
         if ", uniform" not in name
     )
     assert sorted(p.stem for p in (tmp_path / "figures").iterdir()) == ["ablations", "budgets", "evidence"]
+    rows = [json.dumps(row) for row in evidence.load() if (row["part"], row["seed"]) != ("budgets", 3)]
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "rows.jsonl")
+    evidence.RESULTS.write_text("\n".join(rows) + "\n")
+    evidence.report(None)
+    assert "budgets: 3 runs to go, left out" in capsys.readouterr().out
 
 
 def test_the_loss_is_changed(restored):

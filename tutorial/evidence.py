@@ -8,7 +8,7 @@ The parts, in this order; every run of a part spends the same number of rollouts
     lr          {uniform, paper, knapsack} x 3 learning rates x seeds 100, 101; 100 steps of 512 rollouts
     main        the three, each at its best learning rate, seeds 0 to 7, 100 steps
     smollm2     the three on SmolLM2-135M's additions, 40 steps, seed 0: one seed is an illustration
-    long        three changes over the whole 100 steps, to see why; seeds 0 to 7
+    long        four changes over the whole 100 steps, to see why; seeds 0 to 7
     estimates   another estimate of p, and
     ablations   one other thing changed at a time: seeds 0 to 3, 20,480 rollouts; compared with `main` there
     budgets     a budget that changes as training goes on, seeds 0 to 3; 51,200 rollouts in all
@@ -70,28 +70,6 @@ def stale(steps):
     def estimate(tracker, ids):
         past.append(copy.deepcopy(tracker))
         return past[0].posterior(ids)
-
-    counts_by(estimate)
-
-
-def drifting(gain=0.3):
-    """The posterior, its log-odds moved by as much as newer outcomes lie above what was expected of them:
-    what the others showed since a prompt's last visit. prior_strength 1: 0 of 8 is not yet "never"."""
-    remembering(prior_strength=1.0)
-    shift, before = 0.0, None
-
-    def log_odds(p):
-        return np.log(p / (1 - p))
-
-    def estimate(tracker, ids):
-        nonlocal shift, before
-        if before:
-            seen = tracker.windowed_rate(before[0], window=1).mean()  # success rate of the step before
-            shift += gain * (log_odds(np.clip(seen, 0.01, 0.99)) - log_odds(before[1]))
-        a, b = tracker.posterior(ids)
-        p = 1 / (1 + np.exp(-log_odds(a / (a + b)) - shift))
-        before = ids, np.clip(p.mean(), 0.01, 0.99)
-        return (a + b) * p, (a + b) * (1 - p)
 
     counts_by(estimate)
 
@@ -234,7 +212,7 @@ VARIANTS = {
         "prior_strength 1": ("knapsack", "", lambda: remembering(prior_strength=1.0)),
         "an epoch stale": ("knapsack", "", lambda: stale(16)),
         "warm start": ("knapsack", "", warm),  # from the uniform run of the seed 4 above
-        "drifting": ("knapsack", "", drifting),
+        "drifting": ("knapsack", "", lambda: remembering(prior_strength=1.0, drift=0.3)),
     },
     "ablations": {
         "P(mixed) only": ("knapsack", "", lambda: counts_by(posterior, no_info_gain)),
@@ -258,6 +236,7 @@ VARIANTS = {
 VARIANTS["long"] = {
     "P(mixed) only": VARIANTS["ablations"]["P(mixed) only"],
     "told p": ("knapsack", "", lambda: told(16)),
+    "prior_strength 1": VARIANTS["estimates"]["prior_strength 1"],
     "drifting": VARIANTS["estimates"]["drifting"],
 }
 SHORTER = ("estimates", "ablations")
@@ -335,19 +314,20 @@ def summary(folder) -> dict:
     ):
         values = [row[name] for row in rows]
         means[name] = [round(float(np.mean(values[k : k + 10])), 4) for k in range(0, len(values), 10)]
-    # Groups by size: how many, how many of them mixed, the estimates' sum.
-    sizes = collections.defaultdict(lambda: [0, 0, 0.0])
+    # Groups by size: how many, how many mixed, the estimates' sum, how many had a p_hat neither 0 nor 1.
+    sizes, tracker = collections.defaultdict(lambda: np.zeros(4)), knapsack.SuccessTracker()
     for g in train.each_row(folder / "groups.jsonl"):
-        for n, right, p in zip(g["counts"], g["successes"], g["estimate"], strict=True):
-            of = sizes[int(np.ceil(np.log2(n)))]
-            of[0], of[1], of[2] = of[0] + 1, of[1] + (0 < right < n), of[2] + p
+        p_hat = tracker.windowed_rate(g["ids"])  # the paper's estimate; NaN in the first epoch
+        for n, right, p, rate in zip(g["counts"], g["successes"], g["estimate"], p_hat, strict=True):
+            sizes[int(np.ceil(np.log2(n)))] += 1, 0 < right < n, p, 0 < rate < 1
+        tracker.update(g["ids"], g["successes"], g["counts"])
     phases = ("allocate", "sample", "verify", "update", "eval")
     return {
         "evaluations": evaluations,  # [step, rollouts spent, held-out success, its standard error]
         "means": means,
         "solved": [row["distinct_solved"] for row in rows[9::10]],
         "largest": max(row["n_largest"] for row in rows),
-        "groups_up_to_2_to_the": {k: [a, b, round(s, 2)] for k, (a, b, s) in sorted(sizes.items())},
+        "groups_up_to_2_to_the": {k: x.round(2).tolist() for k, x in sorted(sizes.items())},
         "seconds": {p: round(sum(row.get(f"time_{p}") or 0 for row in rows), 2) for p in phases},
     }
 
@@ -492,29 +472,31 @@ def main_table() -> str:
 
 def rollouts_table() -> str:
     """Where the rollouts went, means over steps and seeds."""
-    head = "allocator | effective rollouts | effective prompts | ever solved | largest group | allocation, ms"
-    lines = []
+    head = "allocator | effective rollouts | effective prompts | ever solved | minus uniform | | largest"
+    lines, base = [], None
     for name in ALLOCATORS:
-        rows = [r for r in load("main") if r["name"] == name]
-        solved, largest = [r["solved"][-1] for r in rows], max(r["largest"] for r in rows)
+        rows = sorted((r for r in load("main") if r["name"] == name), key=lambda r: r["seed"])
+        solved, largest = np.array([r["solved"][-1] for r in rows]), max(r["largest"] for r in rows)
+        base = solved if base is None else base  # uniform comes first
+        of = [with_error(solved - base, "+.0f"), verdict(solved - base)] if name != "uniform" else ["", ""]
         ms = np.mean([1000 * r["seconds"]["allocate"] / STEPS for r in rows])
         shares = [f"{mean_of('main', name, k):.3f}" for k in ("effective_rollouts", "effective_prompts")]
-        lines.append([name, *shares, with_error(solved, ".0f"), largest, f"{ms:.1f}"])
-    return table(head, lines)
+        lines.append([name, *shares, with_error(solved, ".0f"), *of, largest, f"{ms:.1f}"])
+    return table(head + " | allocation, ms", lines)
 
 
 def groups_table(name) -> str:
     """Groups by size: how many, how many mixed, what was expected of them."""
-    total = collections.defaultdict(lambda: np.zeros(3))
+    total = collections.defaultdict(lambda: np.zeros(4))
     for row in load("main"):
         if row["name"] == name:
             for k, x in row["groups_up_to_2_to_the"].items():
                 total[int(k)] += x
     lines = [
-        [f"{2 ** (k - 1) + 1} to {2**k}" if k > 1 else "2", int(n), f"{mixed / n:.2f}", f"{p / n:.2f}"]
-        for k, (n, mixed, p) in sorted(total.items())
+        [f"{2 ** (k - 1) + 1} to {2**k}" if k > 1 else "2", int(n), *(f"{x / n:.2f}" for x in rest)]
+        for k, (n, *rest) in sorted(total.items())
     ]
-    return table("rollouts | groups | share mixed | mean estimate", lines)
+    return table("rollouts | groups | mixed | mean posterior | 0 < p̂ < 1", lines)
 
 
 # What an ablation is compared with, where that is not `main`'s knapsack.
@@ -544,18 +526,19 @@ def ablation_table(part) -> str:
 
 
 def long_table() -> str:
-    """Differences, mean over all evaluations after the start, from uniform and the knapsack; same seeds."""
-    lines, seeds = [], len(curves("long", "told p")[1])
-    uniform, ours = (curves("main", name)[1][:seeds] for name in ("uniform", "knapsack"))
-    for part, name in (("main", "knapsack"), *(("long", n) for n in VARIANTS["long"])):
-        s = curves(part, name)[1][:seeds]
+    """Differences from uniform and from the knapsack, seed by seed: at the end, and the mean over all
+    evaluations after the start."""
+    lines, bases = [], [curves("main", name)[1] for name in ("uniform", "knapsack")]
+    for part, name in (("main", "uniform"), ("main", "knapsack"), *(("long", n) for n in VARIANTS["long"])):
+        _, s = curves(part, name)
         cells = [name, f"{mean_of(part, name, 'effective_rollouts'):.2f}", with_error(s[:, -1])]
-        for base in (uniform, ours):
-            difference = (s - base)[:, 1:].mean(1)
-            cells += [with_error(difference, "+.3f"), verdict(difference)] if difference.any() else ["", ""]
+        for how in (lambda x: x[:, -1], lambda x: x[:, 1:].mean(1)):
+            for base in bases:
+                d = how(s - base)
+                cells.append(f"{with_error(d, '+.3f')} {verdict(d)}" if d.any() else "")
         lines.append(cells)
-    head = f"seeds 0 to {seeds - 1} | effective rollouts | final | all the way: minus uniform | "
-    return table(head + "| minus knapsack | ", lines)
+    head = "seeds 0 to 7 | effective rollouts | final | minus uniform | minus knapsack"
+    return table(head + " | all the way: minus uniform | minus knapsack", lines)
 
 
 def budget_table() -> str:
@@ -634,8 +617,12 @@ def draw_budgets(path) -> None:
             band(a, "budgets", name, label=name, **look)
             spent = np.mean([r["means"]["budget"] for r in load("budgets") if r["name"] == name], 0)
             b.plot((np.arange(len(spent)) + 0.5) * 10, spent, **look)
-        a.set(title="Held-out success at equal totals", xlabel="thousand rollouts", ylabel="held-out success")
-        b.set(title="What each spends", xlabel="step", ylabel="rollouts a step", ylim=(0, None))
+        ends = [curves("budgets", name)[1][:, -1].mean() for name in looks]
+        ends.append(curves("main", "knapsack")[1][: len(SEEDS["budgets"]), -1].mean())
+        a.set(title=f"All end within {max(ends) - min(ends):.2f} of one another", ylabel="held-out success")
+        a.set(xlabel="thousand rollouts")
+        b.set(title="A fixed price buys most in the middle", xlabel="step", ylabel="rollouts a step")
+        b.set_ylim(0, None)
         a.legend(loc="lower right")
 
 
