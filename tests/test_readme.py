@@ -59,6 +59,10 @@ def test_evidence():
         of = [r for r in evidence.load("main") if r["name"] == name]
         cells += [f"{sum(r['solved'][-1] for r in of) / 8:.0f}", f"{max(r['largest'] for r in of)}"]
         assert "| " + " | ".join(cells) + " |" in README, cells
+    difference = evidence.curves("long", "drifting")[1] - base
+    end, all_the_way = difference[:, -1], difference[:, 1:].mean(1)
+    said = f"end {evidence.with_error(end)} above uniform, a {evidence.verdict(end)}; averaged over the way"
+    assert f"{said} there it is a {evidence.verdict(all_the_way)}" in " ".join(README.split())
 
 
 def test_replay():
