@@ -197,10 +197,19 @@ def main():
             show(rule, r)
         result[name] = {"prompts": len(part), "rules": rows}
         print(against(rows[BONUS], rows["uniform"]) + "\n")
-    print(f"trackers, knapsack without a bonus, all prompts\n{head}")
-    for discount, strength in ((0.75, 0.25), (0.75, 1), (0.5, 1), (0.9, 0.25)):
-        r = run(p, RULES["knapsack"], args.seeds, discount=discount, prior_strength=strength)
-        show(f"discount {discount}, strength {strength}", r)
+    print(f"(discount, prior_strength, drift), knapsack without a bonus, all prompts\n{head}")
+    for key in (
+        (0.75, 0.25, 0),
+        (0.75, 1, 0),
+        (0.5, 1, 0),
+        (0.9, 0.25, 0),
+        (0.75, 0.25, 0.3),
+        (0.75, 1, 0.3),
+    ):
+        settings = dict(zip(("discount", "prior_strength", "drift"), key, strict=True))
+        r = run(p, RULES["knapsack"], args.seeds, **settings)
+        show(str(key), r)
+        result.setdefault("trackers", []).append(settings | r)
     print(f"\nother readings of the traces as true p, all prompts: does the bonus still hold?\n{head}")
     for width, pseudo in ((2.0, 0.25), (3.0, 0.1), (5.0, 0.25)):
         print(f"smoothing over {width} visits, pseudo-count {pseudo}")

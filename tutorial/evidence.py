@@ -604,7 +604,7 @@ def draw_ablations(path) -> None:
         axis.set(xlabel="difference in held-out success, 95% interval")
         axis.locator_params(axis="x", nbins=6)
         names = [name for name, _, _, x in found if verdict(x) != "tie"]
-        axis.set_title(f"{len(names)} of {len(found)} changes make a difference", loc="right")
+        axis.set_title(f"{len(names)} of {len(found)} differences are beyond chance", loc="right")
 
 
 def draw_budgets(path) -> None:
