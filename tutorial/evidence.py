@@ -589,6 +589,32 @@ def draw_main(path) -> None:
         a.legend(loc="lower right")
 
 
+def draw_long(path) -> None:
+    looks = {"told p": ("#2e7d32", "--"), "drifting": ("#b03060", "-.")}
+    looks = {name: dict(color=color, linestyle=style) for name, (color, style) in looks.items()}
+    _, base = curves("main", "uniform")
+    with train.picture(path, 1, 2) as (_, (a, b)):
+        for name in ("uniform", "knapsack"):
+            band(a, "main", name, label=name, **train.LOOK[name])
+        rows = [("main", "knapsack"), *(("long", name) for name in VARIANTS["long"])]
+        for k, (part, name) in enumerate(reversed(rows)):
+            d = (curves(part, name)[1] - base)[:, -1]
+            error, color = (
+                T95[len(d)] * d.std(ddof=1) / len(d) ** 0.5,
+                looks.get(name, train.LOOK["knapsack"]),
+            )
+            b.errorbar(d.mean(), k, xerr=error, fmt="o", color=color["color"])
+        for name, look in looks.items():
+            band(a, "long", name, label=name, **look)
+        b.axvline(0, color="#7a7a7a", ls=":")
+        b.set_yticks(range(len(rows)), [name for _, name in reversed(rows)])
+        wins = [name for part, name in rows if verdict((curves(part, name)[1] - base)[:, -1]) == "win"]
+        b.set(title=f"Surely above uniform at the end: {', '.join(wins) or 'none'}")
+        b.set_xlabel("final held-out success minus uniform's, 95% interval")
+        a.set(title="Good estimates lift the knapsack", xlabel="thousand rollouts", ylabel="held-out success")
+        a.legend(loc="lower right")
+
+
 def draw_ablations(path) -> None:
     found = [x for part in SHORTER for x in ablations(part)][::-1]
     with train.picture(path, 1, 1) as (fig, axis):
@@ -633,7 +659,11 @@ TABLES = {
     "ablations": (partial(ablation_table, "ablations"),),
     "budgets": (budget_table,),
 }
-FIGURES = {"main": ("evidence", draw_main), "ablations": ("ablations", draw_ablations)}
+FIGURES = {
+    "main": ("evidence", draw_main),
+    "long": ("estimates_decide", draw_long),
+    "ablations": ("ablations", draw_ablations),
+}
 FIGURES |= {"budgets": ("budgets", draw_budgets)}
 
 
