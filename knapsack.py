@@ -31,10 +31,13 @@ class SuccessTracker:
     After 0 of 4 and then 4 of 4 right, the estimate is .50 at (discount, prior_strength) = (1, .25): all
     counts equally; .57 at (.75, .25); .96 at (0, .25): no past; .78 at (0, 4): pulled to the crowd.
 
-    A record is as old as its prompt's last visit, and others show meanwhile how the model moves. With
-    `drift` > 0 every posterior mean is moved by a common `shift` of its log-odds, and each visit moves the
-    shift by `drift` times what its mean success rate has more (in log-odds) than was expected of it.
-    tutorial/7_evidence.md tries (drift, prior_strength) = (.3, 1) on a model that learns fast.
+    A record is as old as its prompt's last visit; the newest batch shows how the model has moved since. With
+    `drift` > 0 one number, `shift`, is added to the log-odds of every posterior mean, seen or unseen, old or
+    fresh (alpha + beta stays). Each call of `update` compares the batch's mean success rate with the mean
+    estimate before it, and adds `drift` times the difference of their log-odds to `shift`. So call it once
+    for a batch of tens of prompts: one prompt a call makes the shift mostly noise. The very first batch moves
+    it too, from an expectation of 1/2; that is forgotten within some ten batches. `solved` and
+    `windowed_rate` do not use it. tutorial/7_evidence.md tries (drift, prior_strength) = (.3, 1).
     """
 
     def __init__(self, discount: float = 0.75, prior_strength: float = 0.25, drift: float = 0.0):

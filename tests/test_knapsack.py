@@ -218,7 +218,8 @@ def test_solved_remembers():
 
 
 def test_drift_is_the_naive_loop():
-    """Catches: a shift that forgets, is applied twice, or learns from what it has not yet predicted."""
+    """Catches: a shift that forgets, is applied twice, learns from what it has not yet predicted, or is
+    NaN after a prompt without a rollout."""
     plain, drifting, shift, most = SuccessTracker(), SuccessTracker(drift=0.3), 0.0, 0.0
     for ids, s, t in random_history(np.random.default_rng(6)):
         odds = [p / (1 - p) * np.exp(shift) for p in plain.estimate(ids)]
@@ -232,6 +233,11 @@ def test_drift_is_the_naive_loop():
             tracker.update(ids, s, t)
         most = max(most, abs(shift))
     assert most > 0.1
+    before = drifting.shift
+    drifting.update(["idle"], [0], [0])
+    assert drifting.shift == before
+    drifting.update([1, "idle"], [1, 0], [2, 0])
+    assert np.isfinite(drifting.shift)
 
 
 def test_drift_follows_a_model_that_learns():

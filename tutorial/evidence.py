@@ -8,7 +8,7 @@ The parts, in this order; every run of a part spends the same number of rollouts
     lr          {uniform, paper, knapsack} x 3 learning rates x seeds 100, 101; 100 steps of 512 rollouts
     main        the three, each at its best learning rate, seeds 0 to 7, 100 steps
     smollm2     the three on SmolLM2-135M's additions, 40 steps, seed 0: one seed is an illustration
-    long        four changes over the whole 100 steps, to see why; seeds 0 to 7
+    long        four changes over the whole 100 steps, to see why; seeds 0 to 7; told p samples thrice as many
     estimates   another estimate of p, and
     ablations   one other thing changed at a time: seeds 0 to 3, 20,480 rollouts; compared with `main` there
     budgets     a budget that changes as training goes on, seeds 0 to 3; 51,200 rollouts in all
@@ -609,8 +609,8 @@ def draw_long(path) -> None:
         b.axvline(0, color="#7a7a7a", ls=":")
         b.set_yticks(range(len(rows)), [name for _, name in reversed(rows)])
         wins = [name for part, name in rows if verdict((curves(part, name)[1] - base)[:, -1]) == "win"]
-        b.set(title=f"Surely above uniform at the end: {', '.join(wins) or 'none'}")
-        b.set_xlabel("final held-out success minus uniform's, 95% interval")
+        b.set(title=f"95% interval above zero: {', '.join(wins) or 'none'}")
+        b.set_xlabel("final held-out success minus uniform's")
         a.set(title="Good estimates lift the knapsack", xlabel="thousand rollouts", ylabel="held-out success")
         a.legend(loc="lower right")
 
