@@ -35,8 +35,7 @@ class SuccessTracker:
     `drift` > 0 one number, `shift`, is added to the log-odds of every posterior mean, seen or unseen, old or
     fresh (alpha + beta stays). Each call of `update` compares the batch's mean success rate with the mean
     estimate before it, and adds `drift` times the difference of their log-odds to `shift`. So call it once
-    for a batch of tens of prompts: one prompt a call makes the shift mostly noise. The very first batch moves
-    it too, from an expectation of 1/2; that is forgotten within some ten batches. `solved` and
+    for a batch of tens of prompts: one prompt a call makes the shift mostly noise. `solved` and
     `windowed_rate` do not use it. tutorial/7_evidence.md tries (drift, prior_strength) = (.3, 1).
     """
 
@@ -60,7 +59,7 @@ class SuccessTracker:
         _require((s % 1 == 0) & (s <= t), "successes", s, "pass a count, at most the trials")
         odd = [i for i in ids if not isinstance(i, (str, int, np.integer))]
         _require(not odd, "ids", odd[:1], "an id is a str or an int")
-        if self.drift and (t > 0).any():
+        if self.drift and self._row and (t > 0).any():  # an empty tracker expects nothing: no surprise
             expected, came = self.estimate(ids)[t > 0].mean(), (s[t > 0] / t[t > 0]).mean()
             self.shift += self.drift * (_log_odds(came) - _log_odds(expected))
         for i in ids:
