@@ -302,7 +302,7 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
             advantages = grpo.group_advantages(rewards, group)  # (R,)
             gap = canary(model, rollouts, c, grpo.token_logprobs)
             sampler.sleep()
-            clock.lap("sync")
+            clock.lap("sync")  # the check of the weights counts as theirs
             for parameters in optimizer.param_groups:
                 parameters["lr"] = c.lr * min(1.0, step / max(1, c.warmup_steps))
             stats = grpo.update(

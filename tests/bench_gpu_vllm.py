@@ -102,7 +102,7 @@ def main() -> None:
 
     config = engine.llm.llm_engine.vllm_config
     # vLLM has two model runners of different speed; 0.24 takes the older one for Qwen2, 0.32 the newer.
-    runner = "V2" if getattr(config, "use_v2_model_runner", False) else "V1"
+    runner = {True: "V2", False: "V1"}.get(getattr(config, "use_v2_model_runner", None), "not told")
     save(engine={"vllm": vllm.__version__, "runner": runner, "dtype": str(config.model_config.dtype)})
     phase("trainer to the device", lambda: model.to(DEVICE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0)

@@ -34,19 +34,9 @@ def restored(monkeypatch):
 def test_rows_are_those_runs():
     """Catches: flags or learning rates edited after the runs; a run twice; a hand-made row."""
     rows = evidence.load()
-    wanted = [
-        job
-        for part in ("lr", "main", "long", *evidence.SHORTER, "budgets")
-        for job in evidence.jobs(part, rows)
-    ]
-    flags = {job[:4]: " ".join(job[4]) for job in wanted}
-    found = [(row["part"], row["name"], row["lr"], row["seed"]) for row in rows if row["part"] != "smollm2"]
-    assert len(found) == len(set(found)) and set(found) <= set(flags)
-    for row in rows:
-        if row["part"] != "smollm2":
-            assert row["flags"] == flags[row["part"], row["name"], row["lr"], row["seed"]]
-    for part in ("lr", "main"):
-        assert {job[:4] for job in wanted if job[0] == part} <= set(found)
+    wanted = {job[:4]: " ".join(job[4]) for part in evidence.SEEDS for job in evidence.jobs(part, rows)}
+    found = {(row["part"], row["name"], row["lr"], row["seed"]): row["flags"] for row in rows}
+    assert found == wanted and len(rows) == len(found)
 
 
 def test_summary():
@@ -91,7 +81,7 @@ def test_budgets_add_up(name, restored):
     assert len(spent) > 20 and len(set(spent)) > 2
 
 
-CHANGED = {  # each once: some names stand in two parts
+CHANGED = {
     name: part
     for part, variants in evidence.VARIANTS.items()
     for name, (_, _, what) in variants.items()

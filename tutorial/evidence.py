@@ -1,13 +1,12 @@
 """Does the knapsack train better? The runs behind chapters 7 and 8, one small JSON row each.
 
-    python tutorial/evidence.py run [--smollm2 FOLDER --additions FILE.jsonl]    # hours; goes on where it was
-    python tutorial/evidence.py report                                           # the tables and the figures
+    python tutorial/evidence.py run       # hours; goes on where it was
+    python tutorial/evidence.py report    # the tables and the figures
 
 The parts, in this order; every run of a part spends the same number of rollouts unless it says so:
 
     lr          {uniform, paper, knapsack} x 3 learning rates x seeds 100, 101; 100 steps of 512 rollouts
     main        the three, each at its best learning rate, seeds 0 to 7, 100 steps
-    smollm2     the three on SmolLM2-135M's additions, 40 steps, seed 0: one seed is an illustration
     long        four changes over the whole 100 steps, to see why; seeds 0 to 7; told p samples thrice as many
     estimates   another estimate of p, and
     ablations   one other thing changed at a time: seeds 0 to 3, 20,480 rollouts; compared with `main` there
@@ -57,10 +56,6 @@ def counts_by(estimate, bonus=None):
         return knapsack.allocate(p, c.budget, c.n_min, c.n_max, bonus=bonus and bonus(tracker, ids))
 
     train.allocate = allocate
-
-
-def posterior(tracker, ids):
-    return tracker.posterior(ids)
 
 
 def stale(steps):
@@ -203,20 +198,22 @@ DOUBLE = "--budget 1024 --steps 20 --warmup-steps 5 --eval-every 10"
 # part: {name: (whose learning rate, flags, what to exchange)}
 VARIANTS = {
     "main": {a: (a, "", None) for a in ALLOCATORS},
-    "smollm2": {a: (a, "", None) for a in ALLOCATORS},
+    "long": {
+        "P(mixed) only": ("knapsack", "", lambda: counts_by(lambda t, ids: t.posterior(ids), no_info_gain)),
+        "told p": ("knapsack", "", lambda: told(16)),
+        "prior_strength 1": ("knapsack", "", lambda: remembering(prior_strength=1.0)),
+        "drifting": ("knapsack", "", lambda: remembering(prior_strength=1.0, drift=0.3)),
+    },
     "estimates": {
         "point estimate": ("knapsack", "", lambda: counts_by(lambda t, ids: t.estimate(ids))),
         "no fallback": ("paper", "", lambda: counts_by(lambda t, ids: t.windowed_rate(ids))),
         "discount 0": ("knapsack", "", lambda: remembering(discount=0.0)),
         "discount 1": ("knapsack", "", lambda: remembering(discount=1.0)),
-        "prior_strength 1": ("knapsack", "", lambda: remembering(prior_strength=1.0)),
         "an epoch stale": ("knapsack", "", lambda: stale(16)),
         "warm start": ("knapsack", "", warm),  # from the uniform run of the seed 4 above
-        "drifting": ("knapsack", "", lambda: remembering(prior_strength=1.0, drift=0.3)),
     },
     "ablations": {
-        "P(mixed) only": ("knapsack", "", lambda: counts_by(posterior, no_info_gain)),
-        "bonus": ("knapsack", "", lambda: counts_by(posterior, solved_bonus)),
+        "bonus": ("knapsack", "", lambda: counts_by(lambda t, ids: t.posterior(ids), solved_bonus)),
         "n_max 16": ("knapsack", "--n-max 16", None),
         "sequence mean, uniform": ("uniform", "", sequence_mean),
         "sequence mean": ("knapsack", "", sequence_mean),
@@ -233,14 +230,8 @@ VARIANTS = {
         "a price": ("knapsack", "", at_price),  # the mean price that the main runs of other seeds paid
     },
 }  # fmt: skip
-VARIANTS["long"] = {
-    "P(mixed) only": VARIANTS["ablations"]["P(mixed) only"],
-    "told p": ("knapsack", "", lambda: told(16)),
-    "prior_strength 1": VARIANTS["estimates"]["prior_strength 1"],
-    "drifting": VARIANTS["estimates"]["drifting"],
-}
 SHORTER = ("estimates", "ablations")
-SEEDS = {"lr": (100, 101), "main": range(8), "smollm2": (0,), "long": range(8)}
+SEEDS = {"lr": (100, 101), "main": range(8), "long": range(8)}
 SEEDS |= {part: range(4) for part in ("estimates", "ablations", "budgets")}
 
 # ------------------------------------------------------------------------------------------ running
@@ -332,22 +323,13 @@ def summary(folder) -> dict:
     }
 
 
-SMOLLM2 = (
-    "--prompts 32 --budget 256 --steps 40 --max-new-tokens 5 --minibatches 1 --held-out 64 --eval-every 5 "
-    "--eval-temperature 1 --engine hf"
-)
-
-
-def jobs(part, rows, model=None, tasks=None) -> list[tuple]:
+def jobs(part, rows) -> list[tuple]:
     """(part, name, lr, seed, train.py's flags) of each run; `rows` are those that decided about the rates."""
     found = []
     for seed in SEEDS[part]:  # seed by seed, so that what was cut short is still balanced
         for name, (whose, flags, _) in VARIANTS["main" if part == "lr" else part].items():
-            if part == "smollm2":
-                rates, common = [1e-5], f"--model {model} --tasks {tasks} {SMOLLM2}"
-            else:
-                rates = RATES if part == "lr" else [best_rate(whose, rows)]
-                common = f"--steps {SHORT if part in SHORTER else STEPS} --eval-every 20"
+            rates = RATES if part == "lr" else [best_rate(whose, rows)]
+            common = f"--steps {SHORT if part in SHORTER else STEPS} --eval-every 20"
             for lr in rates:
                 words = f"--allocator {whose} --lr {lr} --seed {seed} {common} {flags}".split()
                 found.append((part, name, lr, seed, words))
@@ -357,9 +339,9 @@ def jobs(part, rows, model=None, tasks=None) -> list[tuple]:
 def run(args) -> None:
     from tqdm import tqdm
 
-    for part in args.parts or [p for p in SEEDS if p != "smollm2" or args.smollm2]:
+    for part in args.parts or SEEDS:
         done = {(r["part"], r["name"], r["lr"], r["seed"]) for r in load()}
-        left = [job for job in jobs(part, load(), args.smollm2, args.additions) if job[:4] not in done]
+        left = [job for job in jobs(part, load()) if job[:4] not in done]
         with ThreadPoolExecutor(args.workers) as pool:
             for row in tqdm(pool.map(partial(start, args), left), part, len(left), unit="run", disable=None):
                 train.append(RESULTS, row)
@@ -401,11 +383,16 @@ def with_error(values, form=".3f") -> str:
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
 
+def half_width(differences) -> float:
+    """Of the 95% interval over seeds."""
+    n = len(differences)
+    return float(T95[n] * np.std(differences, ddof=1) / np.sqrt(n))
+
+
 def verdict(differences) -> str:
     """A win or a loss if the 95% interval over seeds leaves out zero; anything less is a tie."""
-    n = len(differences)
-    t = np.mean(differences) / (np.std(differences, ddof=1) / np.sqrt(n))
-    return "win" if t > T95[n] else "loss" if t < -T95[n] else "tie"
+    mean, half = np.mean(differences), half_width(differences)
+    return "win" if mean > half else "loss" if mean < -half else "tie"
 
 
 def when_reached(spent, success, target) -> float:
@@ -599,11 +586,8 @@ def draw_long(path) -> None:
         rows = [("main", "knapsack"), *(("long", name) for name in VARIANTS["long"])]
         for k, (part, name) in enumerate(reversed(rows)):
             d = (curves(part, name)[1] - base)[:, -1]
-            error, color = (
-                T95[len(d)] * d.std(ddof=1) / len(d) ** 0.5,
-                looks.get(name, train.LOOK["knapsack"]),
-            )
-            b.errorbar(d.mean(), k, xerr=error, fmt="o", color=color["color"])
+            look = looks.get(name, train.LOOK["knapsack"])
+            b.errorbar(d.mean(), k, xerr=half_width(d), fmt="o", color=look["color"])
         for name, look in looks.items():
             band(a, "long", name, label=name, **look)
         b.axvline(0, color="#7a7a7a", ls=":")
@@ -620,11 +604,8 @@ def draw_ablations(path) -> None:
     with train.picture(path, 1, 1) as (fig, axis):
         fig.set_size_inches(6.4, 0.32 * len(found) + 1.2)
         for k, (_, other, _, difference) in enumerate(found):
-            mean, n = difference.mean(), len(difference)
             look = train.LOOK[other if other in train.LOOK else "knapsack"]
-            axis.errorbar(
-                mean, k, xerr=T95[n] * difference.std(ddof=1) / np.sqrt(n), fmt="o", color=look["color"]
-            )
+            axis.errorbar(difference.mean(), k, xerr=half_width(difference), fmt="o", color=look["color"])
         axis.axvline(0, color="#7a7a7a", ls=":")
         axis.set_yticks(range(len(found)), [f"{name}  (- {other})" for name, other, *_ in found])
         axis.set(xlabel="difference in held-out success, 95% interval")
@@ -663,8 +644,8 @@ FIGURES = {
     "main": ("evidence", draw_main),
     "long": ("estimates_decide", draw_long),
     "ablations": ("ablations", draw_ablations),
+    "budgets": ("budgets", draw_budgets),
 }
-FIGURES |= {"budgets": ("budgets", draw_budgets)}
 
 
 def report(args) -> None:
@@ -687,11 +668,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["run", "report", "one"], help="one: what `run` starts for each run")
-    parser.add_argument("--parts", nargs="+", choices=SEEDS, help="of `run` [all; smollm2 if it is given]")
+    parser.add_argument("--parts", nargs="+", choices=SEEDS, help="of `run` [all]")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="run folders [%(default)s]")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time [%(default)s]")
-    parser.add_argument("--smollm2", type=Path, help="what get_smollm2.py wrote")
-    parser.add_argument("--additions", type=Path, help="what make_additions.py wrote")
     parser.add_argument("--job", help="of `one`")
     args = parser.parse_args()
     {"run": run, "one": one, "report": report}[args.what](args)
