@@ -37,7 +37,7 @@ array([0.25, 0.23])
 With a mean over each prompt, 32 more rollouts only lower the noise of one prompt's gradient; with the token
 mean they make it count five times as much. (0.23 and not 0.25: the unbiased std of a small group.)
 
-How much memory a 1.5B model takes: tests/bench_gpu.py has the arithmetic.
+How much memory a 1.5B model takes: tests/bench/bench_gpu.py has the arithmetic.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     """N x V floats never live at once: logits are computed n rows at a time, again in the backward pass,
     where the head's gradient is summed in place (torch's checkpoint would keep three arrays of its size).
     Peak on a CPU, N = 4096, V = 151,936: 1.4 GB, 0.9 of them that gradient; whole logits: 7.5 GB
-    (tests/bench_grpo.py)."""
+    (tests/bench/bench_grpo.py)."""
 
     @staticmethod
     def _log_softmax(h, weight, temperature) -> torch.Tensor:

@@ -385,7 +385,7 @@ def allocate(p, budget: int, n_min: int = 2, n_max: int = 128, weights=None, bon
     p        (M,) known probabilities, or the pair (alpha, beta) of a Beta posterior, each (M,)
     weights  (M,) a prompt's value times this: several objectives in one knapsack
     bonus    (M,) what a mixed group is worth besides its InfoGain: P(mixed) x (InfoGain + bonus).
-             InfoGain starves prompts that were never solved; tests/bench_allocation.py measures what
+             InfoGain starves prompts that were never solved; tests/bench/bench_allocation.py measures what
              bonus=np.where(tracker.solved(ids), 0.01, 0.3) wins back, and what that costs.
     costs    (M,) whole numbers, the cost of one rollout (such as its expected tokens), which is what the
              budget then limits: the best counts with sum(costs * counts) <= budget

@@ -182,7 +182,7 @@ def test_everything_in_one_command(tmp_path):
     settings = {"PYTHON": sys.executable, "STEPS": "2", "SEEDS": "0", "CUDA_VISIBLE_DEVICES": ""}
 
     def run() -> tuple[dict, str]:
-        command = ["bash", str(Path(__file__).parent / "gpu.sh"), str(tmp_path)]
+        command = ["bash", str(Path(__file__).parent / "bench" / "gpu.sh"), str(tmp_path)]
         subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, timeout=600)
         return json.loads((tmp_path / "bench_gpu.json").read_text()), (tmp_path / "summary.txt").read_text()
 

@@ -103,7 +103,7 @@ def test_deal_equal_tokens_is_round_robin_and_one_worker_gets_all():
 
 @pytest.mark.parametrize("name, table", [("scale", price_table), ("balance", balance_table)])
 def test_the_page_quotes_what_was_measured(name, table):
-    """The tables of tutorial/scale_out/README.md are those of tests/bench_scale.py --out."""
+    """The tables of tutorial/scale_out/README.md are those of tests/bench/bench_scale.py --out."""
     lines = list(table(json.loads((FOLDER / f"{name}.json").read_text())))
     assert len(lines) > 5
     assert "\n".join(lines) in (FOLDER / "README.md").read_text()

@@ -73,6 +73,6 @@ def test_replay():
 
 
 def test_kills():
-    """The sentence about interrupted runs, from what tests/stress_resume.py wrote."""
+    """The sentence about interrupted runs, from what tests/bench/stress_resume.py wrote."""
     record = json.loads((RESULTS / "stress_resume.json").read_text())
     assert f"after {record['kills']} kills at random moments" in README and record["different"] == []

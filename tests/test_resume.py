@@ -72,7 +72,7 @@ def test_a_killed_run_resumes_to_the_same_end(calm, tmp_path, sent):
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments(calm, tmp_path):
-    """During saves and evaluations among them; tests/stress_resume.py does a hundred."""
+    """During saves and evaluations among them; tests/bench/stress_resume.py does a hundred."""
     rng, killed = random.Random(0), []
     for out in (tmp_path / f"run{k}" for k in range(30)):  # a run may end before its next kill
         killed += disturb(out, rng, 10 - len(killed), launch_seconds=8)

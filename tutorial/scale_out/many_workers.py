@@ -14,7 +14,7 @@ the budget, one number out and one number back in each round. In torch.distribut
         torch.distributed.all_gather(all_of_them, mine)
         return torch.cat(all_of_them).numpy()
 
-and every rank computes the same answer. tests/bench_scale.py measures both functions.
+and every rank computes the same answer. tests/bench/bench_scale.py measures both functions.
 """
 
 import math

@@ -3,7 +3,7 @@
     python tutorial/scale_out/record_lengths.py MODEL TASKS.jsonl OUT.json
 
 lengths_smollm2_gsm8k.json is what this wrote for SmolLM2-135M-Instruct and the first prompts of GSM8K's
-training set; tests/bench_scale.py balances workers with it. Needs vLLM (either build).
+training set; tests/bench/bench_scale.py balances workers with it. Needs vLLM (either build).
 """
 
 import argparse

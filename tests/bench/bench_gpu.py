@@ -1,6 +1,6 @@
 """The update and the transformers sampler at Qwen2.5-Math-1.5B's exact shape, random weights, on one GPU.
 
-    python tests/bench_gpu.py [OUT.json]        # minutes on an H100; needs torch and transformers
+    python tests/bench/bench_gpu.py [OUT.json]        # minutes on an H100; needs torch and transformers
 
 One optimizer step on groups of 8 after prompts of 128: 256 rollouts of 1024 tokens and 80 of 3072, no group
 silent and 60% of them. Seconds, response tokens/s (silent ones count: they are dealt with), utilisation, peak
@@ -38,7 +38,7 @@ import torch
 import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import grpo
 from rollout import HFSampler, Rollout
 

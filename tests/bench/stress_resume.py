@@ -1,6 +1,6 @@
 """Kill training runs at random moments, resume them, compare the end with a run that nobody disturbed.
 
-    python tests/stress_resume.py --kills 100 --out tutorial/results/stress_resume.json
+    python tests/bench/stress_resume.py --kills 100 --out tutorial/results/stress_resume.json
 
 Each run is killed again and again (SIGKILL, SIGTERM or SIGINT; at any moment after its start, some rows
 later, during a save, or during an evaluation), resumed each time, and at last left to finish. It must then
@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVAL_EVERY = 8, 4
 # An evaluation of 400 samples lasts longer than a training step of 64: there is time to kill it.
 FLAGS = ["--steps", STEPS, "--prompts", 16, "--budget", 64, "--held-out", 20, "--eval-every", EVAL_EVERY]
@@ -142,7 +142,7 @@ def main():
             killed += disturb(run, rng, min(8, args.kills - len(killed)), launch_seconds)
             different += [f"{run.name}: {what}" for what in differences(calm, run)]
             result = {
-                "command": f"python tests/stress_resume.py --kills {args.kills} --seed {args.seed}",
+                "command": f"python tests/bench/stress_resume.py --kills {args.kills} --seed {args.seed}",
                 "kills": len(killed),
                 "runs": runs,
                 "different": different,

@@ -4,7 +4,7 @@ TRL wants a virtual environment of its own; everything runs in that one (grpo.py
 
     python3 -m venv .venv-trl          # without a GPU: first torch 2.13.0 from pytorch.org's CPU wheels
     .venv-trl/bin/pip install torch==2.13.0 'transformers>=5.16.1,<5.20' trl==1.16.0 accelerate datasets
-    OMP_NUM_THREADS=2 .venv-trl/bin/python tests/bench_grpo.py [--smollm2 FOLDER] [--out FILE.json]
+    OMP_NUM_THREADS=2 .venv-trl/bin/python tests/bench/bench_grpo.py [--smollm2 FOLDER] [--out FILE.json]
 
 Where TRL is not installed its columns stay empty. FOLDER is what tutorial/get_smollm2.py writes. One run on
 two cores, the embedded model and SmolLM2's first batch, is kept in tutorial/results/bench_grpo.json.
@@ -44,11 +44,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import grpo
 from rollout import Rollout
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LR = 0.0
 
 # ------------------------------------------------------------------------------------- the batches

@@ -1,8 +1,8 @@
 """How allocation scales: W workers that agree on a price, against one allocator that sees every prompt; and
 rollouts dealt to workers, on real response lengths.
 
-    python tests/bench_scale.py [--prompts 10000128] [--out tutorial/scale_out/scale.json]
-    python tests/bench_scale.py --balance [--out tutorial/scale_out/balance.json]
+    python tests/bench/bench_scale.py [--prompts 10000128] [--out tutorial/scale_out/scale.json]
+    python tests/bench/bench_scale.py --balance [--out tutorial/scale_out/balance.json]
 
 **Price.** Prompts with p ~ Beta(0.5, 0.8), visited three times, 8 rollouts a prompt (the first visit uniform,
 then allocated; a visit counts 0.75 of the next); 8 a prompt to spend. Two ways of giving prompts to workers:
@@ -29,13 +29,13 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tutorial" / "scale_out"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tutorial" / "scale_out"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from many_workers import agree, deal
 
 import knapsack
 
-FOLDER = Path(__file__).resolve().parents[1] / "tutorial" / "scale_out"
+FOLDER = Path(__file__).resolve().parents[2] / "tutorial" / "scale_out"
 EACH, WORKERS, BLOCKS = 8, (1, 4, 16, 64, 256), 256
 
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Everything there is to measure on one GPU, in one command:
 #
-#     bash tests/gpu.sh OUT            # 40 minutes at most; the same command goes on where it stopped
+#     bash tests/bench/gpu.sh OUT            # 40 minutes at most; the same command goes on where it stopped
 #
 # The tests, a run of train.py, the update's speed, vLLM beside the trainer, and knapsack against uniform for as
 # many seeds as the time allows. Each stage writes OUT/STAGE.log and what it measured, and OUT/STAGE.done when it
 # is through; a stage that fails or runs out of time does not stop the next. OUT/summary.txt has a line for each.
 #
 # From the environment: PYTHON [python3], MINUTES [40] for all of it, STEPS [100] of a training run, SEEDS [20].
-# Without a GPU the shapes are toys. A rehearsal: STEPS=2 SEEDS=1 bash tests/gpu.sh OUT
+# Without a GPU the shapes are toys. A rehearsal: STEPS=2 SEEDS=1 bash tests/bench/gpu.sh OUT
 set -uo pipefail
-out=$(realpath -m "${1:?usage: bash tests/gpu.sh OUT}")
-cd "$(dirname "$0")/.."
+out=$(realpath -m "${1:?usage: bash tests/bench/gpu.sh OUT}")
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3} end=$((SECONDS + 60 * ${MINUTES:-40}))
 mkdir -p "$out"
 
@@ -50,8 +50,8 @@ if ! "$python" -c "import math_verify, transformers"; then
 fi
 stage tests 180 "$python" -m pytest tests/test_gpu.py -m "not slow" -ra
 learn knapsack 0 150
-stage bench_gpu 600 "$python" tests/bench_gpu.py "$out/bench_gpu.json"
-stage bench_gpu_vllm 600 "$python" tests/bench_gpu_vllm.py "$out/bench_gpu_vllm.json"
+stage bench_gpu 600 "$python" tests/bench/bench_gpu.py "$out/bench_gpu.json"
+stage bench_gpu_vllm 600 "$python" tests/bench/bench_gpu_vllm.py "$out/bench_gpu_vllm.json"
 train train-vllm 120 --engine vllm --steps 3
 for ((seed = 0; seed < ${SEEDS:-20} && SECONDS + 10 < end; seed++)); do
     learn knapsack $seed 900 &

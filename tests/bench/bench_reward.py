@@ -1,6 +1,6 @@
 """How fast reward.py scores, and whether hostile completions can stall it. Prints a table.
 
-    python tests/bench_reward.py gsm8k.jsonl math.jsonl [--workers 2] [--timeout 2]
+    python tests/bench/bench_reward.py gsm8k.jsonl math.jsonl [--workers 2] [--timeout 2]
 
 Each FILE holds problems as JSON Lines, {"prompt", "answer"}. From each gold answer we make completions
 whose verdict takes more and more work: the gold answer in a box (equal text), another problem's answer in
@@ -17,7 +17,7 @@ import time
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reward import Verifier, load_tasks
 
 REASONING = "We write $n = 2k + 1$ and see that 3 + 4 = 7, so that there are 12 of them. " * 20

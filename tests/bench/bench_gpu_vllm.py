@@ -1,6 +1,6 @@
 """vLLM and the trainer on one GPU, at Qwen2.5-Math-1.5B's exact shape, random weights.
 
-    python tests/bench_gpu_vllm.py [OUT.json]       # minutes on an H100; needs vLLM (see the README)
+    python tests/bench/bench_gpu_vllm.py [OUT.json]       # minutes on an H100; needs vLLM (see the README)
 
 Three steps as train.py takes them, 256 rollouts of 1024 tokens for 64 prompts with the ragged counts of a
 real allocation: generate, canary, sleep, update, wake and sync. After each phase its seconds and the GPU's

@@ -1,6 +1,6 @@
 """Allocation rules replayed on the success rates of a real training run, at equal rollouts.
 
-    python tests/bench_allocation.py TRACES.jsonl [--seeds 20] [--tune] [--out RESULT.json]
+    python tests/bench/bench_allocation.py TRACES.jsonl [--seeds 20] [--tune] [--out RESULT.json]
 
 TRACES.jsonl holds one prompt a row, {"rates": [success rate at each visit], "trials_per_visit": 8}. Each
 trace is smoothed (a Gaussian of 3 visits, plus a quarter of a success and of a failure, so that no prompt
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import knapsack
 
 BATCH, EACH, VISITS = 128, 8, 44  # the shortest trace has 44 visits

@@ -1,4 +1,4 @@
-"""How fast are the solvers, and how do they grow?  python tests/bench_knapsack.py [--figure FILE.png]
+"""How fast are the solvers, and how do they grow?  python tests/bench/bench_knapsack.py [--figure FILE.png]
 
 One run prints medians, ratios to the NumPy DP and the bars to stay under. Use OMP_NUM_THREADS=1 for one
 core. Prompts are drawn from Beta(1/2, 1/2), the U shape that real prompts show; a posterior has seen 8
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import knapsack
 
 

@@ -1,7 +1,7 @@
 """Does a long run stay as it began? Memory, file handles and processes over 500 steps of the embedded model;
 then the files and the picture of a run of 10^5 steps.
 
-    python tests/bench_long_run.py --out tutorial/results/long_run
+    python tests/bench/bench_long_run.py --out tutorial/results/long_run
 
 Writes OUT.json and OUT.png. Ten minutes on one core; --steps 20 --rows 1000 for a quick look.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
@@ -110,7 +110,7 @@ def main():
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.png are written")
     args = parser.parse_args()
-    command = f"python tests/bench_long_run.py --steps {args.steps} --rows {args.rows}"
+    command = f"python tests/bench/bench_long_run.py --steps {args.steps} --rows {args.rows}"
     result: dict = {"command": command, "flags": " ".join(map(str, FLAGS))}
     with tempfile.TemporaryDirectory() as folder:
         result["files"] = long_files(Path(folder), args.rows)
