@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -349,7 +348,7 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
                 save_checkpoint(out, model, tokenizer, optimizer, state | now)
                 clock.lap("save")
             if row["eval_success"] is not None or stopping:
-                draw_dashboard(out, epoch)
+                evaluate.draw_dashboard(out, epoch)
                 clock.lap("draw")
             if "silent" in found and step < c.steps:
                 raise RunStopped(f"{found['silent']}; the weights are in {out}/checkpoint")
@@ -361,12 +360,12 @@ def train(c, out, train_tasks, held_out, model, tokenizer, prompts, sampler, che
         bar.close()
         verifier.close()
         sampler.close()
-    draw_dashboard(out, epoch)
+    evaluate.draw_dashboard(out, epoch)
     with written_aside(out / "final") as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-    rows = list(each_row(out / "metrics.jsonl"))
-    (_, success), (_, se) = column(rows, "eval_success"), column(rows, "eval_success_se")
+    rows = list(evaluate.each_row(out / "metrics.jsonl"))
+    (_, success), (_, se) = evaluate.column(rows, "eval_success"), evaluate.column(rows, "eval_success_se")
     print(
         f"held-out success {success[0]:.3f} -> {success[-1]:.3f} (± {se[-1]:.3f}) in {c.steps} steps of "
         f"{c.budget} rollouts; model in {out}/final, picture in {out}/dashboard.png"
@@ -524,22 +523,6 @@ class StopRequest:
 # ------------------------------------------------------------------------------------ run folders
 
 
-def each_row(path: Path):
-    """The rows of a JSON Lines file, one by one; a last line that a crash cut short is left out."""
-    with path.open(encoding="utf-8") as file:
-        try:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def replace_file(path: Path, write) -> None:
-    """write(a temporary path), then rename: an interruption leaves the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
-
-
 def append(path: Path, row: dict) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -551,7 +534,7 @@ def cut_back(out: Path, last_step: int) -> deque[dict]:
     for name, first in (("groups", 1), ("metrics", 0)):
         path, steps, newest = out / f"{name}.jsonl", [], deque(maxlen=PATIENCE)
         path.touch()
-        for row in each_row(path):
+        for row in evaluate.each_row(path):
             if row["step"] <= last_step:
                 steps.append(row["step"])
                 newest.append(row)
@@ -656,145 +639,6 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
     return None, {}
 
 
-# --------------------------------------------------------------------------------------- pictures
-
-# One look for each allocator everywhere: colour, line and grey value all differ.
-LOOK = {
-    "knapsack": dict(color="#0057a8", linestyle="-"),
-    "paper": dict(color="#d9741a", linestyle="--"),
-    "uniform": dict(color="#7a7a7a", linestyle=":"),
-}
-
-
-def column(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of one metric, where it is there."""
-    pairs = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-    return np.array([s for s, _ in pairs]), np.array([v for _, v in pairs], dtype=float)
-
-
-def smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
-    """Running mean, shorter at the ends."""
-    ones = np.ones(min(width, max(1, len(values))))
-    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
-
-
-@contextmanager
-def picture(path: Path, rows: int, columns: int):
-    """Axes to draw on; the file is there, whole, when the block has ended."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    bare = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-    plt.rcParams.update(bare | {"axes.titlesize": 11, "axes.titleweight": "bold"})
-    fig, axes = plt.subplots(rows, columns, figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
-    yield fig, axes
-    replace_file(path, lambda part: fig.savefig(part, dpi=100, format="png"))
-    plt.close(fig)
-
-
-def draw_dashboard(out: Path, epoch: int) -> None:
-    """dashboard.png from the run's own files; a title says what its panel found. epoch: in steps."""
-    config, rows = json.loads((out / "config.json").read_text()), list(each_row(out / "metrics.jsonl"))
-    with (out / "groups.jsonl").open(encoding="utf-8") as file:
-        head = list(itertools.islice(file, 2 * epoch))
-        tail = deque(itertools.chain(head, file), maxlen=2 * epoch)
-    if not head:
-        return
-    with picture(out / "dashboard.png", 2, 3) as (fig, ((a, b, c), (d, e, f))):
-        M, each = config["prompts"], config["budget"] / config["prompts"]
-        what = f"{Path(config['model']).name} on {Path(config['tasks']).name}: {config['allocator']}"
-        fig.suptitle(f"{what}, {M} prompts x {each:g} rollouts a step")
-
-        (steps, reward_mean), (evaluated, success) = column(rows, "reward_mean"), column(rows, "eval_success")
-        a.plot(steps, reward_mean, color="#bbbbbb", lw=1)
-        a.plot(steps, smooth(reward_mean), color="#555555", label="training reward (mean over prompts)")
-        se = column(rows, "eval_success_se")[1]
-        a.errorbar(evaluated, success, se, color="#0057a8", marker="o", ms=4, label="held-out success")
-        a.set(title=f"Held-out success {success[0]:.2f} → {success[-1]:.2f}", xlabel="step", ylim=(0, 1))
-
-        by_rollout, by_prompt = (column(rows, f"effective_{k}")[1] for k in ("rollouts", "prompts"))
-        solved = column(rows[1:], "distinct_solved")[1] / (epoch * M)
-        b.plot(steps, smooth(by_rollout), color="#0057a8", label="of rollouts: in a mixed group")
-        b.plot(steps, smooth(by_prompt), color="#d9741a", ls="--", label="of prompts: with a mixed group")
-        b.plot(steps, solved, color="#7a7a7a", ls=":", label="of training prompts: ever solved")
-        b.set(title=f"{by_rollout.mean():.0%} of rollouts, {by_prompt.mean():.0%} of groups teach")
-        b.set(xlabel="step", ylabel="share", ylim=(0, 1))
-
-        shares = [smooth(column(rows, k)[1]) for k in ("all_right", "effective_prompts", "all_wrong")]
-        names = ["all right", "mixed", "all wrong"]
-        c.stackplot(steps, shares, colors=["#cfe3cf", "#0057a8", "#4d4d4d"], labels=names)
-        c.set(title="Only mixed groups carry gradient", xlabel="step", ylabel="share of groups", ylim=(0, 1))
-
-        # Of each prompt: estimate and count at its newest visit; the estimate at its second.
-        # Two epochs' rows hold every newest visit: a long run's file need not be parsed as a whole.
-        newest, second = {}, {}
-        for g in map(json.loads, tail):
-            newest |= zip(g["ids"], zip(g["estimate"], g["counts"], strict=True), strict=True)
-        for g in map(json.loads, head[epoch:]):
-            second |= zip(g["ids"], g["estimate"], strict=True)
-        p, n = np.array(list(newest.values())).T
-        d.scatter(p, n, s=10, alpha=0.5, color=LOOK[config["allocator"]]["color"])
-        d.axhline(each, color="#7a7a7a", ls=":", label="uniform")
-        d.set(title=f"Rollouts given, {n.min():.0f} to {n.max():.0f} a prompt", xlim=(0, 1))
-        d.set(xlabel="estimated success (newest visit)", ylabel="rollouts")
-        d.set_yscale("log", base=2)
-        d.yaxis.set_major_formatter("{x:g}")
-
-        before, now, bins = list(second.values()), [newest[i][0] for i in second], np.linspace(0, 1, 21)
-        e.hist(before, bins, color="#c9c9c9", label="after the first visit")
-        e.hist(now, bins, histtype="step", lw=2, color="#0057a8", label="now")
-        e.set(title="First epoch: nothing estimated yet", xlabel="estimated success", ylabel="prompts")
-        if second:
-            e.set_title(f"Estimated success {np.mean(before):.2f} → {np.mean(now):.2f}")
-
-        names = {k for r in rows for k in r if k.startswith("time_") and "per_second" not in k}
-        seconds = sorted((sum(r.get(k) or 0 for r in rows), k[5:]) for k in names)
-        f.barh([k for _, k in seconds], [s for s, _ in seconds], color="#0057a8")
-        total = sum(s for s, _ in seconds)
-        f.set(title=f"{total:.0f} seconds, most of them: {seconds[-1][1]}", xlabel="seconds")
-        for axis, place in zip(
-            (a, b, c, d, e),
-            ["lower right", "best", "lower right", "upper right", "upper center"],
-            strict=True,
-        ):
-            axis.legend(loc=place, fontsize=8)
-
-
-def draw_comparison(runs: list[Path], path: Path) -> None:
-    """Several runs on one picture, against rollouts spent: equal compute stands above equal compute."""
-    for run in runs:
-        whole = all((run / name).is_file() for name in ("config.json", "metrics.jsonl"))
-        whole = whole and len(list(each_row(run / "metrics.jsonl"))) > 1
-        need(whole, f"--compare {run}: no config.json and metrics.jsonl of at least one step there")
-    need(path.parent.is_dir() and not path.is_dir(), f"--out {path}: name a picture in a folder that exists")
-    panels = {
-        "eval_success": "Held-out success",
-        "effective_rollouts": "Rollouts in mixed groups",
-        "effective_prompts": "Prompts with a mixed group",
-        "distinct_solved": "Prompts ever solved",
-    }
-    with picture(path, 2, 2) as (_, axes):
-        # The look is the allocator's, the marker the run's.
-        for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
-            c, rows = json.loads((run / "config.json").read_text()), list(each_row(run / "metrics.jsonl"))
-            look = LOOK[c["allocator"]] | {"marker": marker, "markersize": 4}
-            for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-                steps, values = column(rows, name)
-                spent = steps * c["budget"]
-                if name == "eval_success":
-                    se = column(rows, "eval_success_se")[1]
-                    axis.errorbar(spent, values, se, label=f"{c['allocator']} ({run.name})", **look)
-                else:
-                    values = smooth(values) if name.startswith("effective") else values
-                    axis.plot(spent, values, markevery=max(1, len(spent) // 8), **look)
-                axis.set(title=title, xlabel="rollouts spent")
-        for axis in axes.flat:  # once all runs are drawn, or the first one would fix the top
-            axis.set_ylim(bottom=0)
-        axes[0, 0].legend(loc="lower right")
-
-
 # ------------------------------------------------------------------------------------ entry point
 
 
@@ -832,7 +676,7 @@ def main(argv=None) -> None:
     try:
         c, args = parse_args(argv)
         if args.compare:
-            draw_comparison(args.compare, args.out or Path("compare.png"))
+            evaluate.draw_comparison(args.compare, args.out or Path("compare.png"))
             print(f"drew {args.out or 'compare.png'}")
             return
         if args.resume:
@@ -849,7 +693,7 @@ def main(argv=None) -> None:
             out = run_folder(c, args.out)
             out.mkdir(parents=True, exist_ok=True)
             fresh, text = True, json.dumps(asdict(c), indent=2) + "\n"
-            replace_file(out / "config.json", lambda part: part.write_text(text))
+            evaluate.replace_file(out / "config.json", lambda part: part.write_text(text))
         _locked = lock(out)  # until this process ends
         checkpoint, state = newest_checkpoint(out)
         tasks = hashlib.sha256(repr(train_tasks + held_out).encode()).hexdigest()

@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
 import evidence
 
+import evaluate
 import grpo
 import knapsack
 import train
@@ -41,7 +42,7 @@ def test_rows_are_those_runs():
 
 def test_summary():
     """Catches: columns mixed up on the way from a run folder to its row."""
-    row, metrics = evidence.summary(RUN), list(train.each_row(RUN / "metrics.jsonl"))
+    row, metrics = evidence.summary(RUN), list(evaluate.each_row(RUN / "metrics.jsonl"))
     assert row["evaluations"][-1][:3] == [100, 51_200, metrics[-1]["eval_success"]]
     assert row["evaluations"][0][:3] == [0, 0, metrics[0]["eval_success"]]
     for name, values in row["means"].items():
@@ -108,7 +109,7 @@ def test_variants_run(name, restored, main, tmp_path):
 def test_warm_start(restored):
     """Catches: a warm start that hands over nothing, or more than the first epoch."""
     evidence.warm(RUN / "groups.jsonl")
-    tracker, g = knapsack.SuccessTracker(), next(train.each_row(RUN / "groups.jsonl"))
+    tracker, g = knapsack.SuccessTracker(), next(evaluate.each_row(RUN / "groups.jsonl"))
     counts = train.allocate(train.Config(), tracker, g["ids"])
     assert len(set(counts)) > 5 and len(tracker.state_dict()["ids"]) == 1024
     assert np.array_equal(tracker.windowed_rate(g["ids"], 8), np.array(g["successes"]) / 8)

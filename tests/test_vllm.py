@@ -234,7 +234,8 @@ def test_the_main_job(tmp_path):
 
 def test_the_gpu_bench_runs(tmp_path):
     """Catches: a bench that no longer runs on the day there is a GPU; responses that end early."""
-    command = [sys.executable, str(ROOT / "tests" / "bench" / "bench_gpu_vllm.py"), str(tmp_path / "bench.json")]
+    bench = ROOT / "tests" / "bench" / "bench_gpu_vllm.py"
+    command = [sys.executable, str(bench), str(tmp_path / "bench.json")]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     bench = json.loads((tmp_path / "bench.json").read_text())
     phases = [row["phase"] for row in bench["phases"] if row["seconds"] >= 0]

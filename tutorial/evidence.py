@@ -35,6 +35,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import evaluate  # noqa: E402
 import knapsack  # noqa: E402
 import train  # noqa: E402
 
@@ -262,7 +263,7 @@ def mean_price(work, seed) -> float:
     prices = []
     for other in {0, 1, 2, 3} - {seed}:
         tracker = knapsack.SuccessTracker()
-        for g in train.each_row(work / f"main-knapsack-seed{other}" / "groups.jsonl"):
+        for g in evaluate.each_row(work / f"main-knapsack-seed{other}" / "groups.jsonl"):
             prices.append(knapsack.shadow_price(tracker.posterior(g["ids"]), g["counts"]))
             tracker.update(g["ids"], g["successes"], g["counts"])
     return float(np.mean(prices))
@@ -288,7 +289,7 @@ def one(args) -> None:
 
 def summary(folder) -> dict:
     """What is worth keeping of a run folder."""
-    rows, evaluations, spent = list(train.each_row(folder / "metrics.jsonl")), [], 0
+    rows, evaluations, spent = list(evaluate.each_row(folder / "metrics.jsonl")), [], 0
     for row in rows:
         spent += row["budget"] if row["step"] else 0
         if row["eval_success"] is not None:
@@ -307,7 +308,7 @@ def summary(folder) -> dict:
         means[name] = [round(float(np.mean(values[k : k + 10])), 4) for k in range(0, len(values), 10)]
     # Groups by size: how many, how many mixed, the estimates' sum, how many had a p_hat neither 0 nor 1.
     sizes, tracker = collections.defaultdict(lambda: np.zeros(4)), knapsack.SuccessTracker()
-    for g in train.each_row(folder / "groups.jsonl"):
+    for g in evaluate.each_row(folder / "groups.jsonl"):
         p_hat = tracker.windowed_rate(g["ids"])  # the paper's estimate; NaN in the first epoch
         for n, right, p, rate in zip(g["counts"], g["successes"], g["estimate"], p_hat, strict=True):
             sizes[int(np.ceil(np.log2(n)))] += 1, 0 < right < n, p, 0 < rate < 1
@@ -550,10 +551,10 @@ def band(axis, part, name, seeds=None, **look) -> None:
 
 
 def draw_main(path) -> None:
-    with train.picture(path, 2, 2) as (_, ((a, b), (c, d))):
+    with evaluate.picture(path, 2, 2) as (_, ((a, b), (c, d))):
         finals = []
         for name in ALLOCATORS:
-            look = train.LOOK[name]
+            look = evaluate.look(name)
             band(a, "main", name, label=name, **look)
             rows = [r for r in load("main") if r["name"] == name]
             for axis, key in ((b, "effective_rollouts"), (c, "effective_prompts")):
@@ -580,13 +581,13 @@ def draw_long(path) -> None:
     looks = {"told p": ("#2e7d32", "--"), "drifting": ("#b03060", "-.")}
     looks = {name: dict(color=color, linestyle=style) for name, (color, style) in looks.items()}
     _, base = curves("main", "uniform")
-    with train.picture(path, 1, 2) as (_, (a, b)):
+    with evaluate.picture(path, 1, 2) as (_, (a, b)):
         for name in ("uniform", "knapsack"):
-            band(a, "main", name, label=name, **train.LOOK[name])
+            band(a, "main", name, label=name, **evaluate.look(name))
         rows = [("main", "knapsack"), *(("long", name) for name in VARIANTS["long"])]
         for k, (part, name) in enumerate(reversed(rows)):
             d = (curves(part, name)[1] - base)[:, -1]
-            look = looks.get(name, train.LOOK["knapsack"])
+            look = looks.get(name, evaluate.look("knapsack"))
             b.errorbar(d.mean(), k, xerr=half_width(d), fmt="o", color=look["color"])
         for name, look in looks.items():
             band(a, "long", name, label=name, **look)
@@ -601,10 +602,10 @@ def draw_long(path) -> None:
 
 def draw_ablations(path) -> None:
     found = [x for part in SHORTER for x in ablations(part)][::-1]
-    with train.picture(path, 1, 1) as (fig, axis):
+    with evaluate.picture(path, 1, 1) as (fig, axis):
         fig.set_size_inches(6.4, 0.32 * len(found) + 1.2)
         for k, (_, other, _, difference) in enumerate(found):
-            look = train.LOOK[other if other in train.LOOK else "knapsack"]
+            look = evaluate.look(other if other in evaluate.LOOK else "knapsack")
             axis.errorbar(difference.mean(), k, xerr=half_width(difference), fmt="o", color=look["color"])
         axis.axvline(0, color="#7a7a7a", ls=":")
         axis.set_yticks(range(len(found)), [f"{name}  (- {other})" for name, other, *_ in found])
@@ -616,7 +617,7 @@ def draw_ablations(path) -> None:
 
 def draw_budgets(path) -> None:
     looks = {"more early": ("#d9741a", "--"), "more late": ("#7a7a7a", "-."), "a price": ("#2e7d32", ":")}
-    with train.picture(path, 1, 2) as (_, (a, b)):
+    with evaluate.picture(path, 1, 2) as (_, (a, b)):
         band(a, "main", "knapsack", len(SEEDS["budgets"]), label="constant", color="#0057a8")
         b.axhline(EACH_STEP, color="#0057a8")
         for name, (color, style) in looks.items():

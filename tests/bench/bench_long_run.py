@@ -19,6 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import evaluate  # noqa: E402
 import train  # noqa: E402
 
 FLAGS = ["--prompts", 16, "--budget", 128, "--held-out", 64, "--engine", "hf"]
@@ -64,7 +65,7 @@ def grown(seen: np.ndarray) -> dict:
 
 def long_files(folder: Path, n_rows: int) -> dict:
     """CPU seconds of what touches all rows of a run of n_rows steps, which repeats a recorded one."""
-    metrics, groups = (list(train.each_row(RECORDED / f"{name}.jsonl")) for name in ("metrics", "groups"))
+    metrics, groups = (list(evaluate.each_row(RECORDED / f"{name}.jsonl")) for name in ("metrics", "groups"))
     with (folder / "metrics.jsonl").open("w") as m, (folder / "groups.jsonl").open("w") as g:
         m.write(json.dumps(metrics[0]) + "\n")
         for step in range(1, n_rows):
@@ -80,13 +81,13 @@ def long_files(folder: Path, n_rows: int) -> dict:
     train.cut_back(folder, n_rows - 1)
     result["cpu_seconds_cut_back_for_resume"] = time.process_time() - start
     start = time.process_time()
-    train.draw_dashboard(folder, epoch=16)
+    evaluate.draw_dashboard(folder, epoch=16)
     result["cpu_seconds_dashboard"] = time.process_time() - start
     return result
 
 
 def draw(seen: np.ndarray, path: Path) -> None:
-    with train.picture(path, 1, 2) as (_, (a, b)):
+    with evaluate.picture(path, 1, 2) as (_, (a, b)):
         change = grown(seen)["mib_a_100_steps"]
         a.plot(seen[:, 0], seen[:, 1], color="#0057a8")
         a.set(title=f"Resident memory: {change:+.1f} MiB a 100 steps", xlabel="step", ylabel="MiB")

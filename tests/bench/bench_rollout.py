@@ -1,7 +1,7 @@
 """How fast rollouts come: our samplers against the engines they stand on. One run, medians.
 
     python tests/bench/bench_rollout.py                                                 # the embedded model
-    python tests/bench/bench_rollout.py --model smollm2 --tasks additions.jsonl         # a real one (see README)
+    python tests/bench/bench_rollout.py --model smollm2 --tasks additions.jsonl     # a real one
 
 64 prompts, counts from a real allocation (2 to 34 rollouts, 256 in all), 8 and 64 new tokens:
   VLLMSampler.sample against a bare LLM.generate of the same requests (same seeds, same settings);
