@@ -15,17 +15,20 @@ What the paper calls it: the trajectories y_1 .. y_{N_i} ~ pi(. | x_i) of prompt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from logging import getLogger
+from pathlib import Path
 
 import numpy as np
-import torch
 
-# As in grpo.py: on Hopper cuDNN's attention would plan anew for each length, that is for each token sampled.
-torch.backends.cuda.enable_cudnn_sdp(False)
+# torch and transformers take seconds to import, so each function that needs them imports them itself:
+# whoever only resolves a model's name, or chooses an allocator, does not wait.
+TINY = Path(__file__).resolve().parent / "tutorial" / "tiny_model"
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,102 @@ class Rollout:
     finished: bool = True  # False: cut by the length limit
 
 
+# ------------------------------------------------------------------------------- models by name
+
+
+def resolve_model(name: str) -> str:
+    """`tiny`, a folder, a hub id `owner/name`, or a Qwen model's bare name -> folder or hub id."""
+    if name == "tiny":
+        return str(TINY)
+    if (Path(name) / "config.json").is_file():
+        return name
+    if Path(name).exists() or name.startswith(("/", ".", "~")):
+        raise ValueError(f"--model {name}: not a folder with a config.json")
+    if name.count("/") == 1:
+        return name
+    if name.startswith("Qwen"):
+        return f"Qwen/{name}"
+    raise ValueError(f"--model {name}: neither tiny, nor a folder, nor a hub id such as Qwen/{name}")
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def loading(path: str):
+    """What transformers or vLLM has to say about a model it cannot load, as a ValueError of one line."""
+    from transformers import logging
+
+    getLogger("huggingface_hub").setLevel("ERROR")  # without a network it logs each retry
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # configurations, tokenizers and weights raise kinds of their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"--model {path}: cannot be loaded ({reason})") from error
+
+
+def load_model(path: str, trust_remote_code: bool = False):
+    """(model, tokenizer), in float32 and still on the CPU. ValueError in one line if it fails."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    # transformers fills what is missing or does not fit with random numbers, and says so only in a log.
+    if random := sorted(report["missing_keys"]) + [name for name, *_ in report["mismatched_keys"]]:
+        raise ValueError(
+            f"--model {path}: {random[0]} and {len(random) - 1} more are missing from its weights, or of "
+            "another shape than its config.json says"
+        )
+    if bad := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
+        raise ValueError(f"--model {path}: its weights hold NaN or infinity, first in {bad[0]}")
+    # eval: no dropout, so that the trainer's log-probs are the sampler's.
+    return model.eval(), tokenizer
+
+
 # ----------------------------------------------------------------------------- prompts and seeds
 
 
-def encode_prompts(tokenizer, texts: Sequence[str], chat: bool = False) -> list[list[int]]:
+def encode_prompts(tokenizer, texts: Sequence[str], chat=False, template_kwargs=None) -> list[list[int]]:
     """Texts -> token ids; chat=True wraps each as a user's turn in the model's chat template."""
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError("--chat: this model's tokenizer has no chat template; drop the flag")
     if chat:
         texts = [
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": t}],
+                tokenize=False,
+                add_generation_prompt=True,
+                **(template_kwargs or {}),
             )
             for t in texts
         ]
     # A template writes its own special tokens; a plain prompt gets the tokenizer's (often none).
     return [tokenizer(t, add_special_tokens=not chat)["input_ids"] for t in texts]
+
+
+def encode_tasks(tokenizer, tasks: Sequence, instruction: str = "", chat=False, template_kwargs=None):
+    """The token ids each task is asked with, {task id: [ids]}."""
+    texts = [f"{t.prompt}\n{instruction}" if instruction else t.prompt for t in tasks]
+    ids = encode_prompts(tokenizer, texts, chat, template_kwargs)
+    if not all(ids):
+        raise ValueError(
+            f"the tokenizer makes nothing of {texts[ids.index([])]!r:.60}: is it in the model's folder?"
+        )
+    return {t.id: i for t, i in zip(tasks, ids, strict=True)}
 
 
 def request_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
@@ -109,6 +192,10 @@ class HFSampler:
         temperature: float = 1.0,
         tokens_in_flight=2**17,
     ):
+        import torch
+
+        # As in grpo.py: on Hopper cuDNN's attention would plan anew for each length, that is for each token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if temperature <= 0 or max_new_tokens < 1:
             raise ValueError("temperature must be > 0 and max_new_tokens >= 1")
         self.model, self.tokenizer = model, tokenizer
@@ -118,6 +205,8 @@ class HFSampler:
 
     def sample(self, prompts: Sequence[Sequence[int]], counts, seed: int) -> list[Rollout]:
         """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records."""
+        import torch
+
         counts = _check(prompts, counts)
         seeds = request_seeds(prompts, seed)
         uniforms = [
@@ -140,9 +229,10 @@ class HFSampler:
             done |= zip(chunk, self._generate(prompts, chunk, u), strict=True)
         return [done[i, j] for i in range(len(prompts)) for j in range(counts[i])]
 
-    @torch.inference_mode()
     def _generate(self, prompts, chunk, u) -> list[Rollout]:
         """chunk: r pairs (prompt, number); u: (r, max_new_tokens) uniforms in [0, 1)."""
+        import torch
+
         device = self.model.device
         distinct = list(dict.fromkeys(i for i, _ in chunk))
         row_of = {i: k for k, i in enumerate(distinct)}
@@ -162,7 +252,8 @@ class HFSampler:
         lengths = torch.full((r,), T, device=device)
         ended = torch.zeros(r, dtype=torch.bool, device=device)
         rows = torch.arange(r, device=device)  # rows still running
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        with torch.inference_mode(), bfloat16:
             out = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -269,6 +360,7 @@ class VLLMSampler:
         # One process, and quiet: both are read when vLLM is imported.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import torch
         from vllm import LLM
 
         self.gpu = torch.cuda.is_available()
@@ -303,6 +395,8 @@ class VLLMSampler:
 
         RuntimeError when the trainer's weights have changed since the last sync, or while asleep.
         """
+        import torch
+
         if self.asleep:
             raise RuntimeError("the engine is asleep and has no weights: call sync(model) first")
         if self.model is not None and not torch.equal(fingerprint(self.model), self.loaded):
@@ -362,6 +456,8 @@ class VLLMSampler:
 
         RuntimeError when the engine does not hold them afterwards.
         """
+        import torch
+
         if self.asleep:
             torch.cuda.empty_cache()
             self.llm.wake_up(["weights"])
@@ -382,13 +478,15 @@ class VLLMSampler:
                 )
         self.model, self.loaded = model, fingerprint(model)
 
-    def _read_back(self, model, column: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def _read_back(self, model, column: int) -> dict[str, tuple]:
         """{layer: (the engine's, the trainer's)}: one column of each matrix in the first and last block and
         of the head, and every norm.
 
         vLLM fuses matrices, and its CPU build keeps them in a packed form that cannot be read. So a unit
         vector goes through the layer: what comes out is the column, exactly, in whatever form it is kept.
         """
+        import torch
+
         state = {**model.state_dict(), "lm_head.weight": model.get_output_embeddings().weight}
         last = model.config.num_hidden_layers - 1
         matrices = {"lm_head": ["lm_head"]}  # the engine's layer: the trainer's
@@ -424,6 +522,8 @@ class VLLMSampler:
 
     def close(self) -> None:
         """Shut the engine down; awake, as vLLM would unmap what a sleeping one has unmapped already."""
+        import torch
+
         if self.asleep:
             torch.cuda.empty_cache()
             self.llm.wake_up()
@@ -440,11 +540,13 @@ FUSED = {
 }
 
 
-def fingerprint(model) -> torch.Tensor:
+def fingerprint(model):
     """Eight entries of every parameter, spread evenly: no optimizer step leaves all of them as they were.
 
     (Autograd's own count of in-place changes would do, but fused optimizers do not move it.)
     """
+    import torch
+
     few = [p.detach().flatten()[:: -(-p.numel() // 8)] for p in model.parameters()]
     return torch.cat(few).cpu()
 
@@ -464,6 +566,8 @@ def vllm_build() -> str | None:
 
 def choose_engine(wanted: str) -> tuple[str, str]:
     """'auto', 'vllm' or 'hf' -> (engine, why). ValueError when vLLM is asked for and cannot run."""
+    import torch
+
     build, gpu = vllm_build(), torch.cuda.is_available()
     if wanted == "vllm" and build is None:
         raise ValueError("--engine vllm: vLLM is not installed; `pip install vllm==0.32.0` or --engine hf")
