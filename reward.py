@@ -1,30 +1,38 @@
-r"""The reward: problems with known answers, and a verdict of 1.0 or 0.0 on each completion.
+r"""The reward: problems with known answers, and a number in [0, 1] for each completion.
 
-A completion earns 1.0 when the answer in its last \boxed{} (without one, the answer its text ends
-on) equals the gold answer as mathematics. Nothing else counts: no format, no length, no style.
+A completion earns 1.0 when the answer in its last \boxed{} (without one, the answer it gives)
+equals the gold answer as mathematics. Format, length and style count for nothing.
 
->>> from reward import Verifier, load_tasks, score
+>>> from reward import Task, Verifier, grade, load_tasks, score
 >>> load_tasks("arithmetic")[0].prompt
 '7+1+5+9+8+7+5+8='
 >>> score(r"Half of them, so \boxed{\frac{1}{2}}.", "0.5")
 1.0
->>> with Verifier(workers=2) as verifier:
-...     verifier.score_many(["8 10", "8 11"], ["10", "10"])
+>>> Verifier(workers=2).score_many(["8 10", "8 11"], ["10", "10"])
 array([1., 0.])
 
-The paper calls this the outcome reward r in {0, 1}; its mean over a prompt's rollouts estimates the
-prompt's success probability p. Plain numbers and equal texts are decided on the spot, the rest by
-math-verify (sympy), which can hang or eat the memory: it runs in processes that may be killed.
+The paper calls this the outcome reward r in {0, 1}. Your own is a function of a batch of tasks
+and texts, in any file: `--reward FILE.py:FUNCTION`. A task's extra has its row's other columns.
+
+>>> def names_the_fruit(tasks, texts):
+...     return [task.extra["fruit"] in text for task, text in zip(tasks, texts)]
+>>> task = Task("1", "Name a fruit.", answer="", extra={"fruit": "fig"})
+>>> grade(names_the_fruit, [task, task], ["A fig.", "A car."])
+array([1., 0.])
+
+Rewards between 0 and 1 shape the advantages; above 0.5 the tracker counts a success.
 """
 
 from __future__ import annotations
 
-import atexit
+import csv
 import functools
+import gzip
 import hashlib
-import itertools
+import importlib.util
 import json
 import logging
+import numbers
 import random
 import re
 import signal
@@ -34,179 +42,211 @@ import threading
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np  # imported in score_many: worker processes start from this file without it
 
 # --------------------------------------------------------------------------------------- tasks
 
 
 @dataclass(frozen=True)
 class Task:
-    """One problem: a stable id, the prompt's text as it stands, the gold answer as text."""
+    """One problem. Its id stays the same whatever other rows are dropped."""
 
     id: str
     prompt: str
-    answer: str
+    answer: str  # the gold answer, as text
+    extra: dict = field(default_factory=dict, repr=False, hash=False)
 
 
-HUB = {  # name: hub id, configuration, split, prompt column, answer column, what the answer stands in
-    "gsm8k": ("openai/gsm8k", "main", "train", "question", "answer", "####"),
-    "math": ("DigitalLearningGmbH/MATH-lighteval", None, "train", "problem", "solution", r"\boxed"),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer", None),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train", "problem", "answer", None),
-    "aime25": ("math-ai/aime25", None, "test", "problem", "answer", None),
-    "amc23": ("math-ai/amc23", None, "test", "question", "answer", None),
-    "minerva": ("math-ai/minervamath", None, "test", "question", "answer", None),
-    "olympiadbench": ("math-ai/olympiadbench", None, "test", "question", "final_answer", list),
-    "gpqa": ("fingertap/GPQA-Diamond", None, "test", "question", "answer", None),  # a letter, A to D
-    "dapo17k": ("open-r1/DAPO-Math-17k-Processed", "all", "train", "prompt", "solution", None),
+HUB = {  # name: hub id, configuration, split
+    "gsm8k": ("openai/gsm8k", "main", "train"),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", None, "train"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+    "aime25": ("math-ai/aime25", None, "test"),
+    "amc23": ("math-ai/amc23", None, "test"),
+    "minerva": ("math-ai/minervamath", None, "test"),
+    "olympiadbench": ("math-ai/olympiadbench", None, "test"),
+    "gpqa": ("fingertap/GPQA-Diamond", None, "test"),  # a letter, A to D
+    "dapo17k": ("open-r1/DAPO-Math-17k-Processed", "all", "train"),
 }
+# Columns that may hold the prompt and the gold answer: the first that a row has counts.
+PROMPTS = ["prompt", "question", "problem", "messages"]
+ANSWERS = ["answer", "final_answer", "reward_model", "solution", "messages"]
 
 
 def load_tasks(name_or_path: str | Path) -> list[Task]:
-    """The problems under a name (`arithmetic` or one of HUB), or in a JSON Lines or .parquet file.
+    """The problems under a name (`arithmetic` or one of HUB), or in a file or folder.
 
-    A file's rows hold `prompt`, `answer` and, if you like, `id`; a row without an id gets the file's stem and
-    its row number, so that ids stay the same whatever else is dropped. Rows with an empty answer and rows
-    that repeat a prompt are dropped, and one warning says how many of each.
-
-    Raises ValueError, in one line that names the file and the row (from 1): unknown name, missing or
-    unreadable file, malformed JSON, missing key, wrong type, repeated id, broken gold answer (see _task),
-    nothing left, hub out of reach.
+    A file is JSON Lines, a JSON array (.json), CSV, each also as .gz, or parquet; a folder is
+    what datasets' save_to_disk makes. One warning says which columns were taken and what was
+    dropped. ValueError, in one line that names the file and the row, for what is no task.
     """
     name = str(name_or_path)
     if name == "arithmetic":
         return _arithmetic()
-    if name in HUB:
-        rows, unit = _hub_rows(name), "row"
-    elif not Path(name).exists():
-        raise ValueError(f"no tasks {name!r}: neither a file nor one of {', '.join(['arithmetic', *HUB])}")
-    else:
-        rows, unit = (_parquet_rows(name), "row") if name.endswith(".parquet") else (_json_rows(name), "line")
-
-    tasks: list[Task] = []
-    ids: dict[str, int] = {}
-    prompts: set[str] = set()
-    n_empty = n_repeated = 0
+    rows = _hub_rows(name) if name in HUB else _file_rows(Path(name).expanduser())
+    unit = "line" if ".jsonl" in name.lower() else "row"
+    stem = Path(re.sub(r"(?i)\.gz$", "", name)).stem
+    tasks: dict[str, Task | None] = {}  # by the prompt's text, its spacing evened out
+    seen: dict[str, int] = {}  # id -> its row
+    notes: Counter[str] = Counter()
+    conflict = ""
     for number, row in rows:
-        task = _task(row, f"{Path(name).stem}-{number}", where=f"{name}, {unit} {number}")
-        if ids.setdefault(task.id, number) != number:
-            raise ValueError(f"{name}, {unit} {number}: the id {task.id!r} is also in {unit} {ids[task.id]}")
+        where = f"{name}, {unit} {number}"
+        task = _task(row, f"{stem}-{number}", where, notes)
+        if seen.setdefault(task.id, number) != number:
+            raise ValueError(f"{where}: the id {task.id!r} is also in {unit} {seen[task.id]}")
         if not task.answer:
-            n_empty += 1
-        elif (text := " ".join(task.prompt.split())) in prompts:
-            n_repeated += 1
-        else:
-            prompts.add(text)
-            tasks.append(task)
-    if not tasks:
+            notes["with an empty answer (dropped)"] += 1
+            continue
+        key = " ".join(task.prompt.split())
+        first = tasks.setdefault(key, task)
+        if first is not task:
+            notes["with a repeated prompt (dropped)"] += 1
+        # Nobody can say which of two answers is right: the prompt goes altogether.
+        if first and first.answer != task.answer:
+            notes["prompts with different answers (dropped)"] += 1
+            conflict = conflict or f"; the first of different answers: {first.id}, {task.id}"
+            tasks[key] = None
+    kept = [task for task in tasks.values() if task]
+    if not kept:
         raise ValueError(f'{name}: no tasks in it: each {unit} needs a "prompt" and an "answer"')
-    if n_empty or n_repeated:
-        counts = f"{n_empty} with an empty answer, {n_repeated} with a repeated prompt"
-        warnings.warn(f"{name}: {unit}s dropped: {counts}", stacklevel=2)
-    return tasks
+    if +notes:
+        counts = ", ".join(f"{count} {note}" for note, count in (+notes).items())
+        warnings.warn(f"{name}: of {len(seen)} {unit}s, {counts}{conflict}", stacklevel=2)
+    return kept
 
 
 def _arithmetic(n_tasks: int = 1280) -> list[Task]:
-    """Distinct chain sums "3+5+2=" of 2 to 10 digits from 1 to 9, the same ones every time."""
+    """Distinct chain sums "3+5+2=" of 2 to 10 digits from 1 to 9, the same every time."""
     rng = random.Random(0)
     answers: dict[str, str] = {}
     while len(answers) < n_tasks:
         digits = [rng.randint(1, 9) for _ in range(rng.randint(2, 10))]
         answers["+".join(map(str, digits)) + "="] = str(sum(digits))
-    return [Task(f"arithmetic-{i:04d}", prompt, answer) for i, (prompt, answer) in enumerate(answers.items())]
+    return [Task(f"arithmetic-{i:04d}", *pair) for i, pair in enumerate(answers.items())]
 
 
-def _json_rows(path: str) -> Iterator[tuple[int, object]]:
+def _file_rows(path: Path):
+    """(number from 1, row) for each row of a file or folder."""
+    if not path.exists():
+        known = ", ".join(["arithmetic", *HUB])
+        raise ValueError(f"no tasks {str(path)!r}: neither a file nor one of {known}")
+    kinds = [suffix.lower() for suffix in path.suffixes]
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    if line.strip():
-                        yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        if path.is_dir():
+            import datasets  # takes seconds
+
+            rows = datasets.load_from_disk(str(path))
+            return enumerate(rows["train"] if isinstance(rows, dict) else rows, 1)
+        if ".parquet" in kinds:
+            import pyarrow.parquet
+
+            return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+        opened = gzip.open if ".gz" in kinds else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    # The errors of pyarrow and of Unicode are ValueErrors.
+    except (OSError, EOFError, KeyError, ValueError) as error:
+        kind = "parquet" if ".parquet" in kinds else "UTF-8 text"
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read as {kind}: {reason}") from error
+    if ".csv" in kinds:
+        return enumerate(csv.DictReader(text.splitlines(keepends=True)), 1)
+    if ".json" in kinds and text.lstrip().startswith("["):
+        return enumerate(_json(text, str(path)), 1)
+    lines = enumerate(text.split("\n"), 1)  # splitlines() would also cut at U+2028
+    return [(n, _json(line, f"{path}, line {n}")) for n, line in lines if line.strip()]
 
 
-def _parquet_rows(path: str) -> Iterator[tuple[int, object]]:
-    import pyarrow.parquet
-
+def _json(text: str, where: str) -> object:
     try:
-        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
 
 
-def _hub_rows(name: str) -> Iterator[tuple[int, object]]:
+def _hub_rows(name: str):
     import datasets
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it logs each retry
-    hub_id, config, split, prompt, answer, container = HUB[name]
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
+    hub_id, config, split = HUB[name]
     try:
         rows = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # network, hub and cache raise kinds of their own: name it and stop
+    except Exception as error:  # network, hub and cache have kinds of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        advice = "check the network, or give a JSON Lines file instead"
-        raise ValueError(f"{name}: no {hub_id} from the Hugging Face hub: {advice} ({reason})") from error
-    if missing := {prompt, answer}.difference(rows.column_names):
-        raise ValueError(f"{name}: {hub_id} has no column {sorted(missing)}: correct its line in reward.HUB")
-    for number, row in enumerate(rows, start=1):
-        gold = row[answer]
-        if container == "####":
-            gold = gold.rpartition("####")[2].replace(",", "")
-        elif container == r"\boxed":
-            gold = last_boxed(gold) or ""
-        elif container is list:
-            gold = gold[0] if gold else ""
-        yield number, {"prompt": row[prompt], "answer": gold}
+        where = f"{name}: no {hub_id} from the Hugging Face hub"
+        raise ValueError(f"{where}: check the network, or give a file ({reason})") from error
+    # The hub's own ids may be missing or of an odd type.
+    return [(n, {**row, "id": f"{name}-{n}"}) for n, row in enumerate(rows, 1)]
 
 
-def _task(row: object, default_id: str, where: str) -> Task:
-    """A row as a Task; ValueError if it is no task, or if no completion could ever match its answer.
+# "... #### 18", "The answer is 14.", "Answer: 14"
+GOLD = re.compile(r"(?is).*(?:####|\banswer\s*(?:is\b|:))[\s:*]*(.*?)[\s.*]*")
 
-    Only what the text shows: loading must not wait for sympy. A sound answer that math-verify cannot read
-    ("05:00") is legal, and compared as text.
-    """
-    if not isinstance(row, dict) or not row.keys() >= {"prompt", "answer"}:
-        raise ValueError(f'{where}: needs the keys "prompt" and "answer"')
-    prompt, answer, id_ = row["prompt"], row["answer"], row.get("id", default_id)
+
+def _task(row: object, default_id: str, where: str, notes: Counter[str]) -> Task:
+    """A row as a Task; ValueError if no completion could ever match its answer."""
+    columns = list(row) if isinstance(row, dict) else []
+    taken = [next((c for c in names if c in columns), None) for names in (PROMPTS, ANSWERS)]
+    if None in taken:
+        keys = f'needs the keys "prompt" and "answer" (or {PROMPTS[1:]} and {ANSWERS[1:]})'
+        raise ValueError(f"{where}: {keys}; it has {columns}")
+    prompt, answer = (row[column] for column in taken)
+    id_ = row.get("id", default_id)
+    if isinstance(prompt, list):  # a conversation: the text of its turns
+        turns = [turn.get("content") if isinstance(turn, dict) else None for turn in prompt]
+        answer = turns.pop() if turns and taken[1] == "messages" else answer
+        prompt = None if None in turns else "\n\n".join(map(str, turns))
+    if isinstance(answer, dict) and taken[1] == "reward_model":  # verl's form
+        answer = answer.get("ground_truth")
+    if isinstance(answer, list) and taken[1] == "final_answer":  # OlympiadBench's
+        answer = answer[0] if answer else ""
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)  # a table that holds 27.0 means 27
-    text = str(answer).rstrip().lstrip(" \n")  # a leading tab is the start of a misread "\\times"
-    braces = [{"{": 1, "}": -1}.get(token, 0) for token in re.findall(r"\\.|[{}]", text)]
+
+    gold = whole = str(answer).rstrip().lstrip(" \n")  # a leading tab is a misread "\\times"
+    if (box := last_boxed(whole)) is not None:
+        gold = box
+    elif end := GOLD.fullmatch(whole):
+        gold = end[1].replace(",", "") if "####" in whole else end[1]
+    elif taken[1] in ("solution", "messages") and len(whole.split()) > 5:
+        gold = ""  # prose that names no answer
+    if default_id.rpartition("-")[0] not in HUB:
+        notes[f"with {taken[0]!r} and {taken[1]!r} for prompt and answer"] += taken != ["prompt", "answer"]
+        notes["with the answer cut out of a text"] += gold not in ("", whole)
+
+    braces = re.sub(r"\\.|[^{}]", "", gold[: MAX_ANSWER + 1])
+    while "{}" in braces:
+        braces = braces.replace("{}", "")
     faults = {
-        "the prompt must be text": not isinstance(prompt, str) or not prompt.strip(),
+        "the prompt must be text": not isinstance(prompt, str),
+        "the prompt is blank": not str(prompt).strip(),
         "the id must be text or a whole number": type(id_) not in (str, int),
-        "the answer must be text or a number": type(answer) not in (str, int, float) or text == "nan",
-        f"the answer has more than {MAX_ANSWER} characters": len(text) > MAX_ANSWER,
-        # "\frac" in JSON is a form feed and "rac"
-        "control character (write each \\ twice in JSON)": re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text),
-        "unmatched brace": sum(braces) or min(itertools.accumulate(braces), default=0) < 0,
-        "unpaired surrogate (half a character)": re.search("[\ud800-\udfff]", f"{prompt}{text}{id_}"),
+        "the answer must be text or a number": type(answer) not in (str, int, float) or gold == "nan",
+        f"the answer has more than {MAX_ANSWER} characters": len(gold) > MAX_ANSWER,
+        # "\frac" in JSON is a form feed and "rac".
+        "control character (write each \\ twice)": re.search(r"[\0-\x09\x0b-\x1f\x7f]", gold),
+        "unmatched brace": braces,
+        "unpaired surrogate": re.search("[\ud800-\udfff]", f"{prompt}{gold}{id_}"),
     }
-    for fault, found in faults.items():
-        if found:
-            raise ValueError(f"{where}: {fault}: answer {answer!r:.50}, prompt {prompt!r:.50}")
-    return Task(str(id_), prompt, text)
+    for fault in filter(faults.get, faults):
+        raise ValueError(f"{where}: {fault}: answer {answer!r:.50}, prompt {prompt!r:.50}")
+    extra = {column: row[column] for column in columns if column not in (*taken, "id")}
+    return Task(str(id_), prompt, gold, extra)
 
 
-def split_held_out(tasks: Sequence[Task], n_held_out: int, seed: int = 0) -> tuple[list[Task], list[Task]]:
+def split_held_out(tasks: list[Task], n_held_out: int, seed: int = 0) -> tuple[list[Task], list[Task]]:
     """(train, held out), each in the order given; a hash of a prompt's text decides its side.
 
-    Prompts that differ only in case, spacing or punctuation fall on the same side, so that no held-out
-    problem is trained on; where such a group does not fit, a few less than asked for are held out.
-    Raises ValueError unless 0 <= n_held_out < len(tasks).
+    Prompts that differ only in case, spacing or punctuation fall on the same side; where such a
+    group does not fit, a few less are held out. ValueError unless 0 <= n_held_out < len(tasks).
     """
     if not 0 <= n_held_out < len(tasks):
         raise ValueError(f"cannot hold out {n_held_out} of {len(tasks)} tasks: hold out fewer")
@@ -224,247 +264,243 @@ def split_held_out(tasks: Sequence[Task], n_held_out: int, seed: int = 0) -> tup
 # ------------------------------------------------------------------------------------- verdicts
 
 MAX_ANSWER = 500  # characters; the longest gold answer of the usual suites has 210
-MAX_TAIL = 1000  # characters at the end of a text without a box in which an answer is looked for
-MAX_TEXT = 100_000  # characters at the end of a completion in which a box is looked for
+MAX_TAIL = 1000  # characters at the end of a text without a box that are looked at
+MAX_TEXT = 100_000  # characters at its end in which a box is looked for
 
 
-def score(completion: str, answer: str) -> float:
-    r"""The reward of one completion: 1.0 if its answer equals the gold answer, 0.0 if not.
+def score(completion: str, answer: str, boxed: bool = False) -> float:
+    r"""1.0 if the completion's answer equals the gold answer, 0.0 if not.
 
-    Where the answer is: in the last complete \boxed{...} (one cut off by the length limit is none).
-    Without a box: if the text is nothing but numbers and spaces, its last number (so "8 10" answers
-    3+5+2= with running totals; math-verify reads "8 100" as 8100); if the gold answer is a letter from
-    A to J, the last choice named, as in "the answer is (B)"; else what math-verify extracts from the
-    last MAX_TAIL characters ("the answer is ..." before other formulas before other numbers); else the
-    last number in them. A truncated completion is a text like any other.
+    Its answer is what its last complete \boxed{...} holds. Without a box it has none (boxed=True,
+    for prompts that ask for a box), or it is the last number of a text of nothing but numbers,
+    what follows "answer is" or "####", or what math-verify finds in the text.
 
-    What is equal: equal texts; equal numbers; else what math-verify says. Its conventions hold, but for
-    those marked * where it misreads or contradicts itself:
-    - decimals are equal if they agree to six places, * tiny ones only if also within 1% (1.6e-19 is not 0)
-    - 28% equals 0.28 and 7/25, and also 28 if the gold answer has the % or is a whole number without it
-    - 1\frac{1}{2} and * 1 1/2 are 3/2; * 1.85e5, 1.85 x 10^5 and 1.85\cdot10^{5} are 185000
-    - 1,234 and 1{,}234 and * 1\,234 are 1234; 3,5 is a list of two, * 3{,}5 is the decimal 3.5
-    - * 5 million is 5000000
-    - * 8 2 is a list of two (math-verify adds them up to 10); 3+5 equals 8, worked out or not
-    - * "the final answer is 3 * 4 = 11" says 11
-    - units, currencies and degree signs are dropped, not converted: 5 cm equals 5 and 5 m
-    - sets and lists in any order, tuples and intervals in theirs; x < 3 equals (-\infty, 3); x = 5 equals 5
-    - words in \text{} and single letters in either case; 43_5 equals 43 * but not 43_7
-
-    Never raises on a completion, whatever is in it: one that math-verify does not finish gets 0.0 and a
-    warning. Keeps one worker process for the life of this one; for a batch, use a Verifier of your own.
+    Numbers are equal to six places, 28% is 0.28 and 28, sets have no order, x < 3 is (-\infty, 3).
+    Units are dropped, but a bare letter is no unit. Of the choices A to J only one may be named.
+    Never raises on a completion; one that is not judged in time gets 0.0 and a warning.
     """
     before = _shared.timeouts + _shared.failures
-    reward = float(_shared.score_many([completion], [answer])[0])
+    reward = float(_shared.score_many([completion], [answer], boxed)[0])
     if _shared.timeouts + _shared.failures > before:
-        warnings.warn(f"no verdict, so 0.0, on a completion that ends {completion[-60:]!r}", stacklevel=2)
+        warnings.warn(f"no verdict, so 0.0: a completion ending {completion[-60:]!r}", stacklevel=2)
     return reward
 
 
-BRACES = re.compile(r"\\boxed\s*\{|\\boxed\s*-?[0-9][0-9.,/]*|\\.|[{}]", re.DOTALL)
+# \boxed 5 is legal TeX, and MATH has some.
+BRACES = re.compile(r"(?s)\\f?boxe?d?\s*\{|\\boxed\s*-?[0-9][0-9.,/]*(?![0-9A-Za-z])|\\.|[{}]")
 
 
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last complete \boxed{...}, or None: one pass, whatever the nesting."""
-    last, opened = (-1, -1), []  # opened: where the content of each open brace starts; -1 if not a box's
+    last, opened = (-1, -1), []  # opened: where a box's content starts; -1 for a plain brace
     for token in BRACES.finditer(text):
         start, end = -1, token.start()
         if token[0].endswith("{") and token[0] != r"\{":
             opened.append(token.end() if len(token[0]) > 1 else -1)
         elif token[0] == "}" and opened:
             start = opened.pop()
-        elif token[0].startswith(r"\boxed"):  # \boxed 5 is legal TeX, and MATH has some
+        elif token[0].startswith(r"\boxed"):
             start, end = token.start() + len(r"\boxed"), token.end()
         last = max(last, (start, end) if start >= 0 else last)
     return text[slice(*last)].strip() if last[0] >= 0 else None
 
 
 ONE_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
-LETTER = re.compile(  # C, (C), \text{(C)}, C) 42
-    r"(?:\\[a-z]+\{)*[({\[]*([A-J])[)}\].:]*(?:(?<=[).:])\}?\s.*)?", re.DOTALL
+# What is said to be the answer, up to the end of the sentence or to its reasons.
+SAID = re.compile(
+    r"(?ims)(?:####|^A:|\b(?:answer|choice|option)[\s*]*(?:is\b|:))[\s:*]*"
+    r"(.*?)(?:[.!?](?=[\s*]|$)|\b(?:not|because|since)\b|$)"
 )
-CHOICE = re.compile(
-    r"(?i:answer|option|choice)(?i:\s+is)?[^A-Za-z0-9]{0,9}(?:[a-z]+\{\(?)?([A-J])\b|\(([A-J])\)"
-)
-
-WORKING = re.compile(  # "the final answer is 3 * 4 = 12": math-verify takes the 3 * 4, whatever it says next
-    r"(?i)(final answer is:?\s*\$?)(?:[0-9][0-9.,\s+\-*/×÷x()$]*=\s*)+(?=[-$]?\.?[0-9])"
-)
+WORD = re.compile(r"(?<![\\\w])(?!(?:and|or|sqrt)\b)[^\W\d_]{2,}")
 
 
-def _extract(completion: str, gold: str) -> tuple[str, bool]:
-    """(the answer, True), or (the text in which math-verify has to find it, False)."""
-    boxed = last_boxed(completion[-MAX_TEXT:])
-    if boxed is not None:
-        return (_tidy(boxed, alone=True) if len(boxed) <= MAX_ANSWER else boxed), True
-    tail = completion[-MAX_TAIL:].strip()
-    if tail and all(map(ONE_NUMBER.fullmatch, tail.split())):
-        return tail.split()[-1], True
-    if LETTER.fullmatch(gold) and (choices := CHOICE.findall(tail)):
-        return max(choices[-1]), True
-    return _tidy(WORKING.sub(r"\1", tail), alone=False), False
+def _extract(completion: str, boxed: bool) -> tuple[str, bool]:
+    """(an answer, True), or (the text in which math-verify has to find it, False)."""
+    box = last_boxed(completion[-MAX_TEXT:])
+    if box is not None or boxed:
+        return box or "", True
+    text = completion[-MAX_TAIL:].strip()
+    if text and all(map(ONE_NUMBER.fullmatch, text.split())):
+        return text.split()[-1], True
+    said = SAID.findall(text)
+    text = said[-1].strip() if said else text
+    words = WORD.search(re.sub(r"\\text\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text))
+    # math-verify would choose one of "either 3 or perhaps 4"; read as one answer, it is neither.
+    return text, not words or bool(said and re.search(r"\bor\b", text))
 
 
-# What math-verify cannot read, or reads as something else, is first written as it does read it.
+# What math-verify cannot read, or misreads, is first written as it does read it.
 CHARACTERS = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ "}
-    | {"∞": r"\infty ", "∪": r"\cup ", "²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
-    | {"\u00a0": " ", "\u202f": " "}
+    {"−": "-", "–": "-", "‒": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/"}
+    | {"°": r"^\circ ", "∞": r"\infty ", "∪": r"\cup ", "√": r"\sqrt ", "²": "^2", "³": "^3"}
+    | {"½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
 )
-SCIENTIFIC = (  # 1.85e5, 1.85 x 10^5, 1.85\times10^{5}, 10^-5; but not x_2 x 10^5, 10^5^2, 10^5x
-    r"(?<![\w.^/])(?:([0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)"
-    r"(?:[eE](?=[-+0-9])|\s*(?:\\times|\\cdot|[x*])\s*10\s*(?:\^|\*\*)\s*)|10\^)"
-    r"([{(])?([-+]?[0-9]{1,2})(?(2)[)}])(?![\w.]*[0-9!^]|[A-Za-z])"
-)
-LARGE = r"([0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)\s*(\\text\{)?\s*(thousand|million|billion|trillion)\b"
+DECIMAL = r"([0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)"
+POWER = r"(?:[eE](?=[-+0-9])|\s*(?:\\times|\\cdot|[x*])\s*10\s*(?:\^|\*\*)\s*)"
+EXPONENT = r"([{(])?([-+]?[0-9]{1,2})(?(2)[)}])(?![\w.]*[0-9!^]|[A-Za-z])"
+OVER = r"([0-9]{1,9})(?:\}\{|/)([0-9]{1,9})(?:\}|(?![0-9]))"
 ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-MIXED = r"(?<![\w.,^/])([0-9]{1,9})(?: *\\[dt]?frac\{| +)([0-9]{1,9})(?:\}\{|/)([0-9]{1,9})(?:\}|(?![0-9]))"
-THIN = r"(?:\{,\}|,?\\[,! ]|,\\!|[ ~])"  # what stands between thousands, besides a plain comma
+THIN = r"(?:\{,\}|,?\\[,! ] ?|,\s*\\! ?|[ ~])"  # between thousands
+TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it)|mbox)\s*\{"
+
+
+def _shifted(number: str, places: int) -> str:
+    return f"{Decimal(number.replace(',', '')).scaleb(places):f}"
+
+
 REWRITES = [
-    (SCIENTIFIC, lambda m: f"{Decimal((m[1] or '1').replace(',', '')).scaleb(int(m[3])):f}"),  # 185000
-    (MIXED, lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),  # 1 1/2, 1\frac{1}{2} -> 3/2
-    (LARGE, lambda m: f"{Decimal(m[1].replace(',', '')).scaleb(ZEROS[m[3]]):f}{m[2] or ''}"),  # 5 million
-    # so far safe anywhere; from here on only in a text that is nothing but the answer
+    # 1.85e5, 1.85 x 10^5, 1.85\times10^{5} -> 185000; 5 million -> 5000000; 1 1/2 -> 3/2
+    (rf"(?<![\w.^/])(?:{DECIMAL}{POWER}|10\^){EXPONENT}", lambda m: _shifted(m[1] or "1", int(m[3]))),
+    (rf"{DECIMAL}\s*(?:\\text\{{)?\s*({'|'.join(ZEROS)})\b\}}?", lambda m: _shifted(m[1], ZEROS[m[2]])),
+    (
+        rf"(?<![\w.,^/])([0-9]{{1,9}})(?: *\\[dt]?frac\{{| +){OVER}",
+        lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}",
+    ),
+    # These three are safe anywhere, the others where the text is nothing but an answer:
+    # 11,\! 111 and 11 111 -> 11111, but 3{,}5 -> 3.5
     (rf"(?<![0-9.,])[0-9]{{1,3}}(?:{THIN}[0-9]{{3}})+(?![0-9])", lambda m: re.sub("[^0-9]", "", m[0])),
-    (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # 3{,}5 -> 3.5
-    (r"(?<!\\)\\!|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
-    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
-    (r"\\[dtc]frac", r"\\frac"),
+    (r"(?<=[0-9])\{,\}(?=[0-9])", "."),
+    (r"(?<!\\)\\!|\\(?:left|right|displaystyle)(?![A-Za-z])|^\\approx", ""),
+    # 12\text{ and }13 -> 12 and 13; 30\text{ mph}, 40 -> 30, 40; \text{no} -> no; \mathrm{e} -> e
+    (rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}", r" \1 \\text{\2}"),
+    (rf"(?<=[0-9])\s*{TEXT}[^{{}}]*\}}(?=\s*(?:,|and\b|or\b))", ""),
+    (rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-zA-Z])\}}", r"\1\2"),
+    # A column and <3, 7> are tuples; {x | x < 3} is x < 3.
+    (r"^\\begin\{[pb]matrix\}([^&]*)\\end.*$", lambda m: f"({m[1]})".replace(r"\\", ",")),
+    (r"\\langle(.*)\\rangle", r"(\1)"),
+    (r"^\\\{\s*[a-z]\s*(?:\||:|\\mid)(.*)\\\}$", r"\1"),
     (r"\\degree(?![A-Za-z])", r"^\\circ"),
-    (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
-    (r"(?:√|\\?\bsqrt)\s*\(([^()]*)\)|√\s*([0-9]+|[a-z])", r"\\sqrt{\1\2}"),
-    (r"\s*(?:\\text\{\s*)?\bpercent\b\s*\}?|\s*(?<!\\)%", r"\\%"),
-    (r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])", r"\1"),  # $18 -> 18
-    (r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])", ", "),  # 8 2 -> 8, 2
-    (r"(?<=[0-9])\.(?![0-9])", ""),  # 5. -> 5
-    (r"^(-?[0-9.,]+) ([A-Za-z]{3,}(?: [A-Za-z]+)*)$", r"\1\\text{ \2}"),  # 18 dollars
+    (r"(\\(?:sin|cos|tan)\s*)[({]?([0-9.]+)\s*\^\{?\\circ\}?[)}]?", r"\1(\2\\pi/180)"),
+    (r"0?\.\\overline\{([0-9]+)\}", lambda m: f"{int(m[1])}/{10 ** len(m[1]) - 1}"),
+    (r"\\frac\s*([0-9]|\\pi)\s*([0-9])", r"\\frac{\1}{\2}"),
+    (r"\\?\bsqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)", r"\\sqrt{\1\2}"),
+    # $18 -> 18; 18 dollars -> 18\text{ dollars}; 8 2 -> 8, 2; 5. -> 5
+    (r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])", r"\1"),
+    (r"^(-?[0-9.,]+) ([A-Za-z]{2,}(?: [A-Za-z]+)*)$", r"\1\\text{ \2}"),
+    (r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])", ", "),
+    (r"(?<=[0-9])\.(?![0-9])", ""),
 ]
 REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
 
 
 def _tidy(text: str, alone: bool) -> str:
-    """The text as math-verify should see it; alone: it is nothing but the answer."""
+    """The text as math-verify should see it; alone: it is nothing but an answer."""
     if ONE_NUMBER.fullmatch(text):
         return text  # what most answers are
     if alone:
-        text = (last_boxed(text) or text).strip()
-        if text[:1] == text[-1:] == "$" and text.count("$") == 2:
-            text = text[1:-1]
-    text = text.translate(CHARACTERS)
+        text = (SAID.findall(text) or [text])[-1]
+        text = (last_boxed(text) or text).strip("* \n")
+        text = re.sub(r"\$\$|\\[\[\]()]|^\$([^$]*)\$$", r"\1", text)
+    text = unicodedata.normalize("NFKC", text.translate(CHARACTERS))  # full-width digits
     for pattern, new in REWRITES if alone else REWRITES[:3]:
         text = pattern.sub(new, text)
-    return text.strip().rstrip(".,;: " if alone else None)
+    return text.strip().rstrip(".,;:? " if alone else None)
 
 
-BASED = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 NUMBER = re.compile(r"[-+]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+|/0*[1-9][0-9]*)?")
+LETTER = re.compile(r"(?s)[({\s]*([A-J])(?:[\s)}.:,]*|[)}.:,]+\s.*|\s+[(a-z].*)")
 
 
 def _number(text: str) -> Fraction | None:
     r"""The value of 3, -1,234.5, 7/25 or \frac{7}{25}; None for anything else."""
-    text = re.sub(r"^([-+]?)\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
+    text = re.sub(r"^([-+]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
     return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
+
+
+def _letter(text: str) -> str | None:
+    """The one choice, A to J, that a text names."""
+    text = re.sub(r"\\[a-z]+|[{}$*]|\b(?:[Oo]ption|[Cc]hoice)\b", " ", text)
+    found = LETTER.fullmatch(text)
+    return found[1] if found and set(re.findall(r"\b[A-J]\b", text)) == {found[1]} else None
 
 
 def _decide(given: str, alone: bool, gold: str) -> float | None:
     """The verdict where text or plain numbers settle it; None where it takes math-verify."""
-    if "".join(given.split()) == "".join(gold.split()):
+    # "4, 205" is a list and "4,205" a number: a space after a comma counts.
+    a, b = (re.sub(r"(?<!,)\s+", "", text) for text in (given, gold))
+    if a == b:
         return 1.0
     if not given or (alone and len(given) > MAX_ANSWER):
         return 0.0
-    if (letter := LETTER.fullmatch(given)) and (gold_letter := LETTER.fullmatch(gold)):
-        return float(letter[1] == gold_letter[1])
-    if (based := BASED.fullmatch(given)) and (gold_based := BASED.fullmatch(gold)):
-        return float(based.groups() == gold_based.groups())  # math-verify drops the bases of 43_5 and 43_7
-    a, b = _number(given.removesuffix(r"\%")), _number(gold.removesuffix(r"\%"))
-    if a is None or b is None:
+    if letter := _letter(gold):
+        return float(letter in (_letter(given), given.upper()))
+    if re.fullmatch(r"[A-Za-z']{3,}", a) and re.fullmatch(r"[A-Za-z']{3,}", b):
+        return float(a.casefold() == b.casefold())  # math-verify multiplies letters
+    # It ignores the base of 43_5, and whether a pair is a set, a tuple or an interval.
+    base, gold_base = (re.findall(r"[0-9]_\{?([0-9]+)", text) for text in (given, gold))
+    if base and gold_base and base != gold_base:
+        return 0.0
+    for x, y in ((given, gold), (gold, given)):
+        if x.startswith(r"\{") and re.search(r"^[(\[].*,|[<>]|\\[lg]e", y):
+            return 0.0
+    x, y = _number(given), _number(gold)
+    if x is None or y is None:
         return None
-    percent, gold_percent = given.endswith("%"), gold.endswith("%")
-    pairs = [(a / 100 if percent else a, b / 100 if gold_percent else b)]
-    if percent != gold_percent and (gold_percent or b.denominator == 1):
-        pairs.append((a, b))  # a percent sign left out, or put in
-    for x, y in pairs:
-        to_six_places = "." in given + gold and round(x, 6) == round(y, 6)
-        if x == y or (to_six_places and not _differ_below_six_places(x, y)):
-            return 1.0
-    return 0.0
-
-
-def _differ_below_six_places(x: complex | Fraction, y: complex | Fraction) -> bool:
-    largest = max(abs(x), abs(y))
-    return largest < 1e-4 and abs(x - y) > largest / 100
+    return 1.0 if x == y else 0.0 if abs(x - y) > 1e-5 else None
 
 
 def _judge(given: str, alone: bool, gold: str) -> bool:
     """math-verify's verdict. Runs in a worker, and raises what math-verify raises."""
     import math_verify
 
-    found = _parse(f"\\boxed{{{given}}}" if alone else given)
-    if not found and not alone and (numbers := ONE_NUMBER.findall(given)):
-        found = _parse(numbers[-1])
-    settings = {"timeout_seconds": None, "raise_on_error": True, "allow_set_relation_comp": True}
-    error = None
-    for a, b in itertools.product(_parse(f"\\boxed{{{gold}}}"), found):
-        try:
-            if math_verify.verify(a, b, **settings):
-                numbers = [complex(x.doit().evalf()) for x in (a, b) if getattr(x, "is_number", False)]
-                return len(numbers) < 2 or not _differ_below_six_places(*numbers)
-        except Exception as e:  # these two cannot be compared; the next two (as texts) may
-            error = e
-    if error is not None:
-        raise error
-    return False
+    # "x=3, y=7" has an order where the letters are left out.
+    if "=" not in given and re.fullmatch(r"([a-z] ?= ?[^=,]+, ?)+[a-z] ?= ?[^=,]+", gold):
+        gold = f"({re.sub('[a-z] ?=', '', gold)})"
+    golds, found = _parse(gold, True), _parse(given, alone)
+    if not found and not alone and (last := ONE_NUMBER.findall(given)):
+        found = _parse(last[-1], True)
+    settings = {"allow_set_relation_comp": True, "timeout_seconds": None, "raise_on_error": True}
+    if not math_verify.verify(golds, found, **settings):
+        return False
+    # It takes 1/2004! for 1/2005!, and 1.6e-19 for 0: tiny numbers must agree to 1% as well.
+    tiny = [abs(x[0].doit().evalf()) for x in (golds, found) if getattr(x[0], "is_number", False)]
+    return len(tiny) < 2 or bool(max(tiny) >= 1e-4 or max(tiny) - min(tiny) <= max(tiny) / 100)
 
 
 @functools.lru_cache(maxsize=1000)  # a gold answer comes back with every rollout of its prompt
-def _parse(text: str) -> list:
-    """[sympy object, text], [text] or [], as math-verify reads it.
-
-    Its own time limits are off: they would take the one alarm clock a process has, and that is ours.
-    """
-    import math_verify
+def _parse(text: str, alone: bool) -> list:
+    """[sympy object, text], [text] or [], as math-verify reads it."""
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    found = math_verify.parse(text, parsing_timeout=None, raise_on_error=True)
-    if found and isinstance(found[0], str):  # it takes some letters for units ("a + b + c" ends on a cent)
-        keep_units = NormalizationConfig(True, units=False, malformed_operators=True, nits=True, boxed="all")
-        config = [math_verify.LatexExtractionConfig(normalization_config=keep_units)]
-        found = math_verify.parse(text, config, parsing_timeout=None, raise_on_error=True)
-    return found
+    # math-verify would take the t of 4t for tons, the c of x+4c for cents.
+    plain = re.sub(r"\\[A-Za-z]+\s*(?:\{[^{}]*\})?", " ", text)
+    letters = alone and re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", plain)
+    form = NormalizationConfig(True, not letters, malformed_operators=True, nits=True, boxed="all")
+    # An answer is read whole or not at all: not by the one number that a formula contains.
+    kinds = [LatexExtractionConfig(not alone, normalization_config=form)]
+    kinds += [] if alone else [ExprExtractionConfig()]
+    # Its own time limits use the one alarm clock of a process, and fail in threads.
+    text = f"\\boxed{{{text}}}" if alone else text
+    return parse(text, kinds, parsing_timeout=None, raise_on_error=True)
 
 
-# ----------------------------------------------------------------------------------------- pool
+# --------------------------------------------------------------------------------------- judges
 
 MEMORY = 1 << 30  # bytes of address space of one worker process
-GRACE = 0.5  # seconds beyond its time limit after which a worker is stuck, and is killed
 START = 120  # seconds in which a new worker must be ready (it takes about one)
 
 
-class Verifier:
-    """Scores batches of completions; what takes math-verify, in worker processes that may be killed.
+class Verifier(AbstractContextManager):
+    """Scores batches of completions; math-verify, which can hang, runs in worker processes.
 
-    workers: how many processes. None starts before a completion needs it; plain arithmetic never does.
-    timeout: whole seconds for one completion.
-    timeouts, failures: how many got 0.0 without a verdict so far, because time ran out, or because
-        math-verify raised or its process died (of its memory limit, most likely).
-    no_verdict: where in the latest batch those without a verdict stand.
+    timeout: seconds for one completion; then its process is killed. boxed: as in `score`.
+    timeouts, failures: how many got 0.0 so far for want of time, or because math-verify raised or
+    its process died (of its memory limit). no_verdict: where in the latest batch those stand.
 
-    Workers are new processes, not forks, and do not import your main module as multiprocessing's do: safe
-    beside CUDA, from threads, in pytest, in a script without a main guard. Use a with statement or call
-    close(); they also end by themselves when this process does. Linux and macOS only.
+    Workers are new processes that do not import your main module: safe beside CUDA and in threads.
+    They end with a with statement, close(), or this process. Linux and macOS only.
     """
 
-    def __init__(self, workers: int = 2, timeout: int = 5):
-        if workers < 1 or timeout < 1 or timeout != int(timeout):
-            raise ValueError(f"need workers >= 1 and whole seconds >= 1, got {workers} and {timeout}")
+    def __init__(self, workers: int = 2, timeout: float = 5, boxed: bool = False):
+        if workers < 1 or timeout <= 0:
+            raise ValueError(f"need workers and timeout above 0, got {workers} and {timeout}")
+        self.timeout, self.boxed = timeout, boxed
         self.timeouts = self.failures = 0
         self.no_verdict: set[int] = set()
-        self._workers = [_Worker(int(timeout)) for _ in range(workers)]
-        self._cache: dict[tuple[str, bool, str], bool | str] = {}  # job -> a worker's reply
+        self._workers = [_Worker() for _ in range(workers)]
+        self._cache = {}  # job (given, alone, gold) -> a worker's reply
         self._lock = threading.Lock()
-
-    def __enter__(self) -> Verifier:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -474,21 +510,24 @@ class Verifier:
         for worker in self._workers:
             worker.kill()
 
-    def score_many(self, completions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-        """Rewards (R,) in {0., 1.}: completions[i] against the gold answers[i], as `score` has it.
+    def __call__(self, tasks, texts):
+        """A verifier is itself a reward."""
+        return self.score_many(texts, [task.answer for task in tasks])
 
-        What has been judged before is remembered. Raises ValueError if the lengths differ, RuntimeError
-        if a worker cannot start; nothing because of a completion.
-        """
-        import numpy as np
+    def score_many(self, completions, answers, boxed: bool | None = None):
+        """Rewards (R,) in {0., 1.}: completions[i] against the gold answers[i]."""
+        import numpy as np  # not at the top: a worker does without
 
         if len(completions) != len(answers):
             raise ValueError(f"{len(completions)} completions for {len(answers)} answers")
+        boxed = self.boxed if boxed is None else boxed
         golds = {answer: _tidy(answer, alone=True) for answer in set(answers)}
         rewards = np.zeros(len(completions))  # (R,)
-        undecided: dict[tuple[str, bool, str], list[int]] = {}  # job -> where its verdict goes
+        undecided = {}  # job -> where its verdict goes
         for i, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
-            given, alone = _extract(completion, golds[answer])
+            given, alone = _extract(completion, boxed)
+            if len(given) <= MAX_TAIL:
+                given = _tidy(given, alone)
             verdict = _decide(given, alone, golds[answer])
             if verdict is None:
                 undecided.setdefault((given, alone, golds[answer]), []).append(i)
@@ -505,14 +544,14 @@ class Verifier:
                     self.no_verdict.update(places)
         return rewards
 
-    def _judge_all(self, jobs: list[tuple[str, bool, str]]) -> None:
+    def _judge_all(self, jobs: list) -> None:
         """Put the verdict on each job into the cache. A thread looks after each worker."""
         idle = list(self._workers)  # as many as threads: pop() always finds one
 
-        def judge(job: tuple[str, bool, str]) -> bool | str:
+        def judge(job):
             worker = idle.pop()
             try:
-                return worker.judge(job)
+                return worker.judge(job, self.timeout)
             finally:
                 idle.append(worker)
 
@@ -522,24 +561,22 @@ class Verifier:
                 self._cache[job] = reply
                 self.timeouts += reply == "timeout"
                 self.failures += reply == "failure"
-        finally:  # after Ctrl-C: wait for the jobs under way only, so that no reply is left in a pipe
+        finally:  # after Ctrl-C no reply may be left in a pipe: finish the jobs under way
             threads.shutdown(cancel_futures=True)
 
 
 class _Worker:
     """A process, started when it is first needed, and this end of the pipe to it."""
 
-    def __init__(self, timeout: int):
-        self.timeout = timeout
-        self.process: subprocess.Popen | None = None
+    process: subprocess.Popen | None = None
 
-    def judge(self, job: tuple[str, bool, str]) -> bool | str:
+    def judge(self, job: tuple, timeout: float) -> bool | str:
         """True, False, "timeout" or "failure". Raises RuntimeError if no process can be started."""
         if self.process is None:
             self.start()
         try:
-            self.pipe.send(job)
-            if self.pipe.poll(self.timeout + GRACE):
+            self.pipe.send((timeout, job))
+            if self.pipe.poll(timeout):
                 return self.pipe.recv()
             reply = "timeout"
         except (EOFError, OSError):  # it died
@@ -549,16 +586,18 @@ class _Worker:
 
     def start(self) -> None:
         self.pipe, theirs = Pipe()
-        command = [sys.executable, "-P", __file__, str(theirs.fileno()), str(self.timeout)]
-        self.process = subprocess.Popen(  # in a session of its own: Ctrl-C is for this process to handle
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        end = theirs.fileno()
+        # In a session of its own: Ctrl-C is for this process to handle.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(end)],
+            pass_fds=[end],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
         theirs.close()
-        try:
+        with suppress(EOFError):
             if self.pipe.poll(START) and self.pipe.recv() == "ready":
                 return
-        except EOFError:
-            pass
         self.kill()
         raise RuntimeError("a verifier process could not start: is math-verify installed? (see stderr)")
 
@@ -571,46 +610,68 @@ class _Worker:
 
 
 _shared = Verifier(workers=1)  # for score(): no process before it needs one
-atexit.register(_shared.close)
 
 
-class _TimeUp(BaseException):
-    """Not an Exception: sympy catches those."""
-
-
-def _serve(pipe: Connection, timeout: int) -> None:
+def _serve(pipe: Connection) -> None:
     """A worker's life: a reply to each job, until the pipe closes."""
     import resource
 
     import math_verify  # noqa: F401  (takes a second: now, not in the first job's time)
 
-    def time_up(*_: object) -> None:
-        raise _TimeUp
-
     logging.disable(logging.WARNING)  # it warns that its own time limits are off
-    signal.signal(signal.SIGALRM, time_up)
     if sys.platform == "linux":  # macOS has the call, but not the limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     pipe.send("ready")
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            return
-        try:
-            signal.alarm(timeout)
+    with suppress(EOFError):
+        while True:
+            timeout, job = pipe.recv()
+            signal.alarm(int(timeout) + 9)  # ends this process if its parent has died
             try:
                 reply = _judge(*job)
-            finally:
-                signal.alarm(0)
-        except _TimeUp:
-            reply = "timeout"
-        except MemoryError:
-            return  # and be replaced: what is left of this process is not worth keeping
-        except Exception:
-            reply = "failure"
-        pipe.send(reply)
+            except MemoryError:
+                return  # and be replaced: what is left of this process is not worth keeping
+            except Exception:
+                reply = "failure"
+            signal.alarm(0)
+            pipe.send(reply)
+
+
+# ---------------------------------------------------------------------------------- own rewards
+
+
+def load_reward(spec: str):
+    """The function that "FILE.py:FUNCTION" names. What its file raises is not caught."""
+    file, colon, name = spec.rpartition(":")
+    path = Path(file).expanduser()
+    if not colon or not path.is_file() or path.suffix != ".py":
+        raise ValueError(f"reward {spec!r}: no file {file!r}: write FILE.py:FUNCTION")
+    module_spec = importlib.util.spec_from_file_location(f"reward_of_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module  # dataclasses look there
+    sys.path.append(str(path.parent))  # for modules beside it
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"reward {spec!r}: {file} has no function {name!r}")
+    return function
+
+
+def grade(reward, tasks: list[Task], texts: list[str]):
+    """reward(tasks, texts) as an array (R,) of floats in [0, 1]; ValueError if it is not that."""
+    import numpy as np
+
+    name = getattr(reward, "__name__", type(reward).__name__)
+    given = reward(tasks, texts)
+    given = given.tolist() if hasattr(given, "tolist") else given  # an array or a tensor
+    if not isinstance(given, (list, tuple)) or len(given) != len(texts):
+        count = len(given) if hasattr(given, "__len__") else type(given).__name__
+        raise ValueError(f"reward {name}: {count} for {len(texts)} texts: return a number for each")
+    given = [x.item() if hasattr(x, "item") else x for x in given]
+    for i, (task, x) in enumerate(zip(tasks, given, strict=True)):
+        if not isinstance(x, numbers.Real) or not 0 <= x <= 1:
+            raise ValueError(f"reward {name}: {x!r} for text {i} (task {task.id}): must be in [0, 1]")
+    return np.array(given, dtype=float)  # (R,)
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    _serve(Connection(int(sys.argv[1])))
