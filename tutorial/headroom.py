@@ -30,9 +30,9 @@ def held_out_success(folder: str) -> tuple[float, float]:
     """(mean, standard error over problems)."""
     tasks = reward.load_tasks("arithmetic")
     _, held_out = reward.split_held_out(tasks, 256, seed=0)  # as train.py splits
-    model, tokenizer = evaluate.load_model(folder)
+    model, tokenizer = rollout.load_model(folder)
     sampler = rollout.HFSampler(model, tokenizer, max_new_tokens=40)
-    prompts = evaluate.encode_tasks(tokenizer, held_out)
+    prompts = rollout.encode_tasks(tokenizer, held_out)
     with reward.Verifier() as verifier:
         right, _ = evaluate.evaluate(sampler, held_out, prompts, verifier, samples=16, seed=12345)
     return float(right.mean()), evaluate.bootstrap_se(right.mean(1))
@@ -51,7 +51,7 @@ def main() -> None:
         ceiling, ceiling_se = held_out_success(args.ceiling)
     else:  # pretraining has no part in what train.py does
         ceiling, ceiling_se = json.loads(args.out.read_text())["ceiling"]
-    start, start_se = held_out_success(evaluate.resolve_model("tiny"))
+    start, start_se = held_out_success(rollout.resolve_model("tiny"))
     print(f"shipped {start:.3f} ± {start_se:.3f}, ceiling {ceiling:.3f} ± {ceiling_se:.3f}")
     runs = []
     for seed in args.seeds:

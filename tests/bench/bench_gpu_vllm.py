@@ -25,10 +25,9 @@ from statistics import median
 import numpy as np
 import torch
 from bench_gpu import CUDA, DEVICE, GROUPS, SHAPE, NoTokenizer, P, header, synchronize, write
-from bench_rollout import allocation
+from bench_rollout import allocation, requests_of
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import evaluate
 import grpo
 import rollout
 import train
@@ -43,7 +42,7 @@ def random_model(folder: str):
     with DEVICE:  # a GPU draws random numbers faster; it is given back before the engine measures it
         model = Qwen2ForCausalLM(config).float().eval()
     model.cpu().save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(evaluate.TINY)
+    tokenizer = AutoTokenizer.from_pretrained(rollout.TINY)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
     return model
@@ -131,7 +130,7 @@ def main() -> None:
         what |= {"logprob_gap": gap, "grad_norm": stats["grad_norm"]}
         save(steps=[*result["steps"], what])
 
-    requests = engine._requests(prompts, counts, 3)
+    requests = requests_of(engine, prompts, counts, 3)
     unseeded = [p.clone() for p in requests[1]]
     for settings in unseeded:
         settings.seed = None

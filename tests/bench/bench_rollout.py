@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import evaluate
 import grpo
 import knapsack
 import reward
@@ -67,6 +66,15 @@ def hf_generate(model, tokenizer, prompts, counts, max_new_tokens):
     return int((ended.cumsum(1) <= 1).sum())  # tokens up to and including the first end
 
 
+def requests_of(engine, prompts, counts, seed) -> list:
+    """What VLLMSampler.sample asks of LLM.generate: its inputs and their settings."""
+    asked, generate = [], engine.llm.generate
+    engine.llm.generate = lambda *args, **kwargs: asked.extend(args) or generate(*args, **kwargs)
+    engine.sample(prompts, counts, seed)
+    engine.llm.generate = generate
+    return asked
+
+
 def canary_gaps(model, rollouts, size: int = 4) -> np.ndarray:
     """The canary's number for every `size` rollouts in turn: mean |trainer's - sampler's log-prob|."""
     with torch.no_grad():
@@ -85,8 +93,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
-    path = evaluate.resolve_model(args.model)
-    model, tokenizer = evaluate.load_model(path)
+    path = rollout.resolve_model(args.model)
+    model, tokenizer = rollout.load_model(path)
     prompts = rollout.encode_prompts(tokenizer, [t.prompt for t in reward.load_tasks(args.tasks)[:64]])
     counts = allocation(len(prompts))
     figures = {"model": Path(args.model).name, "tasks": Path(args.tasks).name, "repeats": args.repeats,
@@ -144,7 +152,7 @@ def vllm_part(args, path, model, tokenizer, prompts, counts, new_tokens, hf_spee
         note(f"{key}sync in {dtype}", median(timed(lambda e=engine: e.sync(model), repeats=5)[0]), "s")
         if dtype == "float32":
             produced = []
-            requests = engine._requests(prompts, counts, 0)
+            requests = requests_of(engine, prompts, counts, 0)
             # The same seed, so both generate the same tokens.
             bare, ours = timed(
                 lambda e=engine, r=requests: e.llm.generate(*r, use_tqdm=False),
