@@ -11,8 +11,8 @@ equals the gold answer as mathematics. Format, length and style count for nothin
 >>> Verifier(workers=2).score_many(["8 10", "8 11"], ["10", "10"])
 array([1., 0.])
 
-The paper calls this the outcome reward r in {0, 1}. Your own is a function of a batch of tasks
-and texts, in any file: `--reward FILE.py:FUNCTION`. A task's extra has its row's other columns.
+The paper calls this the outcome reward r in {0, 1}. A reward of your own is a function of a batch
+(`--reward FILE.py:FUNCTION`); a task's extra holds the other columns of its row:
 
 >>> def names_the_fruit(tasks, texts):
 ...     return [task.extra["fruit"] in text for task, text in zip(tasks, texts)]
@@ -32,7 +32,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import numbers
 import random
 import re
 import signal
@@ -45,7 +44,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from decimal import Decimal
 from fractions import Fraction
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -84,165 +82,144 @@ def load_tasks(name_or_path: str | Path) -> list[Task]:
     """The problems under a name (`arithmetic` or one of HUB), or in a file or folder.
 
     A file is JSON Lines, a JSON array (.json), CSV, each also as .gz, or parquet; a folder is
-    what datasets' save_to_disk makes. One warning says which columns were taken and what was
-    dropped. ValueError, in one line that names the file and the row, for what is no task.
+    one made by datasets' save_to_disk. A warning says what was taken and dropped. Raises
+    ValueError, in one line with the file and the row, for what is no task.
     """
     name = str(name_or_path)
     if name == "arithmetic":
         return _arithmetic()
-    rows = _hub_rows(name) if name in HUB else _file_rows(Path(name).expanduser())
-    unit = "line" if ".jsonl" in name.lower() else "row"
+    kinds = [suffix.lower() for suffix in Path(name).suffixes]
+    unit = "line" if ".jsonl" in kinds else "row"
     stem = Path(re.sub(r"(?i)\.gz$", "", name)).stem
-    tasks: dict[str, Task | None] = {}  # by the prompt's text, its spacing evened out
-    seen: dict[str, int] = {}  # id -> its row
-    notes: Counter[str] = Counter()
-    conflict = ""
-    for number, row in rows:
+    tasks = {}  # the prompt's text, its spacing evened out -> Task
+    seen = {}  # id -> its row
+    notes = Counter()
+    for number, row in _rows(name, kinds):
         where = f"{name}, {unit} {number}"
         task = _task(row, f"{stem}-{number}", where, notes)
         if seen.setdefault(task.id, number) != number:
             raise ValueError(f"{where}: the id {task.id!r} is also in {unit} {seen[task.id]}")
-        if not task.answer:
-            notes["with an empty answer (dropped)"] += 1
-            continue
         key = " ".join(task.prompt.split())
-        first = tasks.setdefault(key, task)
+        first = tasks.setdefault(key, task) if task.answer else None
         if first is not task:
-            notes["with a repeated prompt (dropped)"] += 1
+            notes["dropped (empty answer or repeated prompt)"] += 1
         # Nobody can say which of two answers is right: the prompt goes altogether.
         if first and first.answer != task.answer:
-            notes["prompts with different answers (dropped)"] += 1
-            conflict = conflict or f"; the first of different answers: {first.id}, {task.id}"
+            notes[f"dropped with it ({task.id} has another answer)"] += 1
             tasks[key] = None
-    kept = [task for task in tasks.values() if task]
-    if not kept:
-        raise ValueError(f'{name}: no tasks in it: each {unit} needs a "prompt" and an "answer"')
-    if +notes:
-        counts = ", ".join(f"{count} {note}" for note, count in (+notes).items())
-        warnings.warn(f"{name}: of {len(seen)} {unit}s, {counts}{conflict}", stacklevel=2)
-    return kept
+    tasks = [task for task in tasks.values() if task]
+    if not tasks:
+        raise ValueError(f'{name}: no tasks in it: a {unit} needs a "prompt" and an "answer"')
+    if notes:
+        said = ", ".join(f"{count} {note}" for note, count in notes.items())
+        warnings.warn(f"{name}: of {len(seen)} {unit}s {said}", stacklevel=2)
+    return tasks
 
 
 def _arithmetic(n_tasks: int = 1280) -> list[Task]:
     """Distinct chain sums "3+5+2=" of 2 to 10 digits from 1 to 9, the same every time."""
     rng = random.Random(0)
-    answers: dict[str, str] = {}
+    answers = {}
     while len(answers) < n_tasks:
         digits = [rng.randint(1, 9) for _ in range(rng.randint(2, 10))]
         answers["+".join(map(str, digits)) + "="] = str(sum(digits))
     return [Task(f"arithmetic-{i:04d}", *pair) for i, pair in enumerate(answers.items())]
 
 
-def _file_rows(path: Path):
-    """(number from 1, row) for each row of a file or folder."""
-    if not path.exists():
+def _rows(name: str, kinds: list[str]):
+    """(number from 1, row) for each row; kinds are the suffixes of the file's name."""
+    path = Path(name).expanduser()
+    if name not in HUB and not path.exists():
         known = ", ".join(["arithmetic", *HUB])
-        raise ValueError(f"no tasks {str(path)!r}: neither a file nor one of {known}")
-    kinds = [suffix.lower() for suffix in path.suffixes]
+        raise ValueError(f"no tasks {name!r}: neither a file nor one of {known}")
+    kind = "UTF-8 text"
     try:
-        if path.is_dir():
-            import datasets  # takes seconds
+        if name in HUB or path.is_dir():
+            import datasets  # takes seconds, so only where it is needed
 
+            if name in HUB:
+                kind = "a set of the Hugging Face hub (is there a network?)"
+                rows = datasets.load_dataset(*HUB[name][:2], split=HUB[name][2])
+                # The hub's own ids may be missing or of an odd type.
+                return [(n, {**row, "id": f"{name}-{n}"}) for n, row in enumerate(rows, 1)]
+            kind = "a folder of save_to_disk"
             rows = datasets.load_from_disk(str(path))
             return enumerate(rows["train"] if isinstance(rows, dict) else rows, 1)
-        if ".parquet" in kinds:
+        if kinds[-1:] == [".parquet"]:
+            kind = "parquet"
             import pyarrow.parquet
 
             return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-        opened = gzip.open if ".gz" in kinds else open
+        opened = gzip.open if kinds[-1:] == [".gz"] else open
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             text = file.read()
-    # The errors of pyarrow and of Unicode are ValueErrors.
-    except (OSError, EOFError, KeyError, ValueError) as error:
-        kind = "parquet" if ".parquet" in kinds else "UTF-8 text"
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read as {kind}: {reason}") from error
-    if ".csv" in kinds:
-        return enumerate(csv.DictReader(text.splitlines(keepends=True)), 1)
-    if ".json" in kinds and text.lstrip().startswith("["):
-        return enumerate(_json(text, str(path)), 1)
-    lines = enumerate(text.split("\n"), 1)  # splitlines() would also cut at U+2028
-    return [(n, _json(line, f"{path}, line {n}")) for n, line in lines if line.strip()]
-
-
-def _json(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-
-
-def _hub_rows(name: str):
-    import datasets
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
-    hub_id, config, split = HUB[name]
-    try:
-        rows = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # network, hub and cache have kinds of their own
+        if ".csv" in kinds:
+            return enumerate(list(csv.DictReader(text.splitlines(keepends=True))), 1)
+    except Exception as error:  # disk, network, Arrow and gzip have kinds of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        where = f"{name}: no {hub_id} from the Hugging Face hub"
-        raise ValueError(f"{where}: check the network, or give a file ({reason})") from error
-    # The hub's own ids may be missing or of an odd type.
-    return [(n, {**row, "id": f"{name}-{n}"}) for n, row in enumerate(rows, 1)]
+        raise ValueError(f"{name}: cannot be read as {kind}: {reason}") from error
+    array = ".json" in kinds and text.lstrip().startswith("[")
+    rows = []
+    # str.splitlines would cut JSON at U+2028 as well.
+    for number, line in enumerate([text] if array else text.split("\n"), 1):
+        try:
+            rows += [(number, json.loads(line))] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}, line {number}: not JSON: {error}") from error
+    return enumerate(rows[0][1], 1) if array else rows
 
 
-# "... #### 18", "The answer is 14.", "Answer: 14"
-GOLD = re.compile(r"(?is).*(?:####|\banswer\s*(?:is\b|:))[\s:*]*(.*?)[\s.*]*")
-
-
-def _task(row: object, default_id: str, where: str, notes: Counter[str]) -> Task:
+def _task(row: object, default_id: str, where: str, notes: Counter) -> Task:
     """A row as a Task; ValueError if no completion could ever match its answer."""
     columns = list(row) if isinstance(row, dict) else []
     taken = [next((c for c in names if c in columns), None) for names in (PROMPTS, ANSWERS)]
     if None in taken:
         keys = f'needs the keys "prompt" and "answer" (or {PROMPTS[1:]} and {ANSWERS[1:]})'
-        raise ValueError(f"{where}: {keys}; it has {columns}")
-    prompt, answer = (row[column] for column in taken)
-    id_ = row.get("id", default_id)
+        raise ValueError(f"{where}: {keys}; found {columns}")
+    prompt, answer, id_ = row[taken[0]], row[taken[1]], row.get("id", default_id)
     if isinstance(prompt, list):  # a conversation: the text of its turns
         turns = [turn.get("content") if isinstance(turn, dict) else None for turn in prompt]
         answer = turns.pop() if turns and taken[1] == "messages" else answer
         prompt = None if None in turns else "\n\n".join(map(str, turns))
-    if isinstance(answer, dict) and taken[1] == "reward_model":  # verl's form
-        answer = answer.get("ground_truth")
-    if isinstance(answer, list) and taken[1] == "final_answer":  # OlympiadBench's
-        answer = answer[0] if answer else ""
+    if isinstance(answer, dict) and taken[1] == "reward_model":
+        answer = answer.get("ground_truth")  # verl's form
+    if isinstance(answer, list) and taken[1] == "final_answer":
+        answer = "".join(answer[:1])  # OlympiadBench's
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)  # a table that holds 27.0 means 27
 
-    gold = whole = str(answer).rstrip().lstrip(" \n")  # a leading tab is a misread "\\times"
-    if (box := last_boxed(whole)) is not None:
+    # "... #### 1,800" and "The answer is 14." are texts around an answer.
+    gold = text = str(answer).rstrip().lstrip(" \n")  # a leading tab is a misread "\\times"
+    if (box := last_boxed(text)) is not None:
         gold = box
-    elif end := GOLD.fullmatch(whole):
-        gold = end[1].replace(",", "") if "####" in whole else end[1]
-    elif taken[1] in ("solution", "messages") and len(whole.split()) > 5:
+    elif said := SAID.findall(text):
+        gold = said[-1].replace(",", "") if "####" in text else said[-1]
+    elif taken[1] in ("solution", "messages") and len(text.split()) > 5:
         gold = ""  # prose that names no answer
-    if default_id.rpartition("-")[0] not in HUB:
-        notes[f"with {taken[0]!r} and {taken[1]!r} for prompt and answer"] += taken != ["prompt", "answer"]
-        notes["with the answer cut out of a text"] += gold not in ("", whole)
+    if default_id.rpartition("-")[0] not in HUB:  # whose columns are known
+        if taken != ["prompt", "answer"]:
+            notes[f"read from {taken[0]} and {taken[1]}"] += 1
+        if gold not in ("", text):
+            notes["with the answer cut out of a text"] += 1
 
-    braces = re.sub(r"\\.|[^{}]", "", gold[: MAX_ANSWER + 1])
-    while "{}" in braces:
-        braces = braces.replace("{}", "")
     faults = {
         "the prompt must be text": not isinstance(prompt, str),
         "the prompt is blank": not str(prompt).strip(),
         "the id must be text or a whole number": type(id_) not in (str, int),
-        "the answer must be text or a number": type(answer) not in (str, int, float) or gold == "nan",
+        "the answer must be text or a number": type(answer) not in (str, int, float),
+        "the answer is not a number": gold == "nan",
         f"the answer has more than {MAX_ANSWER} characters": len(gold) > MAX_ANSWER,
         # "\frac" in JSON is a form feed and "rac".
-        "control character (write each \\ twice)": re.search(r"[\0-\x09\x0b-\x1f\x7f]", gold),
-        "unmatched brace": braces,
-        "unpaired surrogate": re.search("[\ud800-\udfff]", f"{prompt}{gold}{id_}"),
+        "control character (write \\ twice)": re.search(r"[\0-\x09\x0b-\x1f\x7f]", gold),
+        "unmatched brace": last_boxed(rf"\boxed{{{gold}}}") != gold,
+        "half a character": re.search("[\ud800-\udfff]", f"{prompt}{gold}{id_}"),
     }
     for fault in filter(faults.get, faults):
         raise ValueError(f"{where}: {fault}: answer {answer!r:.50}, prompt {prompt!r:.50}")
-    extra = {column: row[column] for column in columns if column not in (*taken, "id")}
-    return Task(str(id_), prompt, gold, extra)
+    return Task(str(id_), prompt, gold, {c: row[c] for c in columns if c not in (*taken, "id")})
 
 
-def split_held_out(tasks: list[Task], n_held_out: int, seed: int = 0) -> tuple[list[Task], list[Task]]:
+def split_held_out(tasks: list[Task], n_held_out: int, seed: int = 0):
     """(train, held out), each in the order given; a hash of a prompt's text decides its side.
 
     Prompts that differ only in case, spacing or punctuation fall on the same side; where such a
@@ -257,8 +234,10 @@ def split_held_out(tasks: list[Task], n_held_out: int, seed: int = 0) -> tuple[l
         if sizes[text] <= room:
             held.add(text)
             room -= sizes[text]
-    pairs = list(zip(tasks, texts, strict=True))
-    return [t for t, text in pairs if text not in held], [t for t, text in pairs if text in held]
+    sides = [], []
+    for task, text in zip(tasks, texts, strict=True):
+        sides[text in held].append(task)
+    return sides
 
 
 # ------------------------------------------------------------------------------------- verdicts
@@ -279,9 +258,9 @@ def score(completion: str, answer: str, boxed: bool = False) -> float:
     Units are dropped, but a bare letter is no unit. Of the choices A to J only one may be named.
     Never raises on a completion; one that is not judged in time gets 0.0 and a warning.
     """
-    before = _shared.timeouts + _shared.failures
-    reward = float(_shared.score_many([completion], [answer], boxed)[0])
-    if _shared.timeouts + _shared.failures > before:
+    judge = _shared[boxed]
+    reward = float(judge.score_many([completion], [answer])[0])
+    if judge.no_verdict:
         warnings.warn(f"no verdict, so 0.0: a completion ending {completion[-60:]!r}", stacklevel=2)
     return reward
 
@@ -309,7 +288,7 @@ ONE_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 # What is said to be the answer, up to the end of the sentence or to its reasons.
 SAID = re.compile(
     r"(?ims)(?:####|^A:|\b(?:answer|choice|option)[\s*]*(?:is\b|:))[\s:*]*"
-    r"(.*?)(?:[.!?](?=[\s*]|$)|\b(?:not|because|since)\b|$)"
+    r"(.*?)[\s*]*(?:[.!?](?=[\s*]|$)|\b(?:not|because|since)\b|$)"
 )
 WORD = re.compile(r"(?<![\\\w])(?!(?:and|or|sqrt)\b)[^\W\d_]{2,}")
 
@@ -318,125 +297,110 @@ def _extract(completion: str, boxed: bool) -> tuple[str, bool]:
     """(an answer, True), or (the text in which math-verify has to find it, False)."""
     box = last_boxed(completion[-MAX_TEXT:])
     if box is not None or boxed:
-        return box or "", True
+        return _tidy((box or "")[: 2 * MAX_ANSWER]), True
     text = completion[-MAX_TAIL:].strip()
     if text and all(map(ONE_NUMBER.fullmatch, text.split())):
         return text.split()[-1], True
     said = SAID.findall(text)
-    text = said[-1].strip() if said else text
+    text = said[-1] if said else text
     words = WORD.search(re.sub(r"\\text\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text))
     # math-verify would choose one of "either 3 or perhaps 4"; read as one answer, it is neither.
-    return text, not words or bool(said and re.search(r"\bor\b", text))
+    if not words or (said and re.search(r"\bor\b", text)):
+        return _tidy(text), True
+    return text, False
 
 
 # What math-verify cannot read, or misreads, is first written as it does read it.
 CHARACTERS = str.maketrans(
-    {"−": "-", "–": "-", "‒": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/"}
-    | {"°": r"^\circ ", "∞": r"\infty ", "∪": r"\cup ", "√": r"\sqrt ", "²": "^2", "³": "^3"}
-    | {"½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
+    {"−": "-", "–": "-", "‒": "-", "°": r"^\circ ", "∞": r"\infty ", "√": r"\sqrt "}
+    | {"²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
 )
-DECIMAL = r"([0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)"
-POWER = r"(?:[eE](?=[-+0-9])|\s*(?:\\times|\\cdot|[x*])\s*10\s*(?:\^|\*\*)\s*)"
-EXPONENT = r"([{(])?([-+]?[0-9]{1,2})(?(2)[)}])(?![\w.]*[0-9!^]|[A-Za-z])"
-OVER = r"([0-9]{1,9})(?:\}\{|/)([0-9]{1,9})(?:\}|(?![0-9]))"
-ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-THIN = r"(?:\{,\}|,?\\[,! ] ?|,\s*\\! ?|[ ~])"  # between thousands
 TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it)|mbox)\s*\{"
-
-
-def _shifted(number: str, places: int) -> str:
-    return f"{Decimal(number.replace(',', '')).scaleb(places):f}"
-
-
 REWRITES = [
-    # 1.85e5, 1.85 x 10^5, 1.85\times10^{5} -> 185000; 5 million -> 5000000; 1 1/2 -> 3/2
-    (rf"(?<![\w.^/])(?:{DECIMAL}{POWER}|10\^){EXPONENT}", lambda m: _shifted(m[1] or "1", int(m[3]))),
-    (rf"{DECIMAL}\s*(?:\\text\{{)?\s*({'|'.join(ZEROS)})\b\}}?", lambda m: _shifted(m[1], ZEROS[m[2]])),
-    (
-        rf"(?<![\w.,^/])([0-9]{{1,9}})(?: *\\[dt]?frac\{{| +){OVER}",
-        lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}",
-    ),
-    # These three are safe anywhere, the others where the text is nothing but an answer:
-    # 11,\! 111 and 11 111 -> 11111, but 3{,}5 -> 3.5
-    (rf"(?<![0-9.,])[0-9]{{1,3}}(?:{THIN}[0-9]{{3}})+(?![0-9])", lambda m: re.sub("[^0-9]", "", m[0])),
+    # 5 million -> 5\times 10^{6}; 1.85e5, 1.85 x 10^5 -> 1.85\times 10^{5}
+    *((rf"\s*(?:\\text\{{)?\s*{word}\b\}}?", rf"\\times 10^{zeros}")
+      for word, zeros in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))),
+    (r"(?<=[0-9])(?:[eE](?=[-+0-9])|\s*[x*]\s*10\s*(?:\^|\*\*)\s*)", r"\\times 10^"),
+    (r"10\^[({]?([-+]?[0-9]+)[)}]?", r"10^{\1}"),
+    # 11,\! 111 -> 11111, but 3{,}5 -> 3.5; 1 1/2 -> 1\frac{1}{2}; 8 2 -> 8, 2; 5. -> 5
+    (r"(?<![0-9]{4})(?<=[0-9])(?:\{,\}|,?\s*\\[,! ] ?|[ ~])(?=[0-9]{3}(?![0-9]))", ""),
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),
+    (r"(?<![\w.,^/])([0-9]+)\s+([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}"),
+    (r"\\frac\s*([0-9]|\\pi)\s*([0-9])", r"\\frac{\1}{\2}"),
+    (r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])", ", "),
+    (r"(?<=[0-9])\.(?![0-9])", ""),
+    (r"(?<![A-Za-z\\])pi\b", r"\\pi"),
+    (r"\\?\bsqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)", r"\\sqrt{\1\2}"),
+    # sizes, spaces and signs that do not change what an answer is
     (r"(?<!\\)\\!|\\(?:left|right|displaystyle)(?![A-Za-z])|^\\approx", ""),
-    # 12\text{ and }13 -> 12 and 13; 30\text{ mph}, 40 -> 30, 40; \text{no} -> no; \mathrm{e} -> e
+    (r"\\degree(?![A-Za-z])", r"^\\circ"),
+    (r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])", r"\1"),
+    # 3\text{ m}, 4 -> 3, 4; 3\text{ and }4 -> 3 and 4; \text{no} -> no; \mathrm{e} -> e
     (rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}", r" \1 \\text{\2}"),
     (rf"(?<=[0-9])\s*{TEXT}[^{{}}]*\}}(?=\s*(?:,|and\b|or\b))", ""),
     (rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-zA-Z])\}}", r"\1\2"),
-    # A column and <3, 7> are tuples; {x | x < 3} is x < 3.
+    (r"(?<=[0-9}])\s+([A-Za-z]{2,}(?: [A-Za-z]+)*)$", r"\\text{ \1}"),
+    # A column is a tuple; {x | x < 3} is x < 3; 60^\circ in \sin is 60\pi/180.
     (r"^\\begin\{[pb]matrix\}([^&]*)\\end.*$", lambda m: f"({m[1]})".replace(r"\\", ",")),
-    (r"\\langle(.*)\\rangle", r"(\1)"),
     (r"^\\\{\s*[a-z]\s*(?:\||:|\\mid)(.*)\\\}$", r"\1"),
-    (r"\\degree(?![A-Za-z])", r"^\\circ"),
     (r"(\\(?:sin|cos|tan)\s*)[({]?([0-9.]+)\s*\^\{?\\circ\}?[)}]?", r"\1(\2\\pi/180)"),
-    (r"0?\.\\overline\{([0-9]+)\}", lambda m: f"{int(m[1])}/{10 ** len(m[1]) - 1}"),
-    (r"\\frac\s*([0-9]|\\pi)\s*([0-9])", r"\\frac{\1}{\2}"),
-    (r"\\?\bsqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)", r"\\sqrt{\1\2}"),
-    # $18 -> 18; 18 dollars -> 18\text{ dollars}; 8 2 -> 8, 2; 5. -> 5
-    (r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])", r"\1"),
-    (r"^(-?[0-9.,]+) ([A-Za-z]{2,}(?: [A-Za-z]+)*)$", r"\1\\text{ \2}"),
-    (r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])", ", "),
-    (r"(?<=[0-9])\.(?![0-9])", ""),
-]
+]  # fmt: skip
 REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
 
 
-def _tidy(text: str, alone: bool) -> str:
-    """The text as math-verify should see it; alone: it is nothing but an answer."""
+def _tidy(text: str) -> str:
+    """An answer as math-verify should see it."""
     if ONE_NUMBER.fullmatch(text):
         return text  # what most answers are
-    if alone:
-        text = (SAID.findall(text) or [text])[-1]
-        text = (last_boxed(text) or text).strip("* \n")
-        text = re.sub(r"\$\$|\\[\[\]()]|^\$([^$]*)\$$", r"\1", text)
+    text = (SAID.findall(text) or [text])[-1]
+    text = (last_boxed(text) or text).strip("* \n")
+    text = re.sub(r"\$\$|\\[\[\]()]|^\$([^$]*)\$$", r"\1", text)
     text = unicodedata.normalize("NFKC", text.translate(CHARACTERS))  # full-width digits
-    for pattern, new in REWRITES if alone else REWRITES[:3]:
+    for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    return text.strip().rstrip(".,;:? " if alone else None)
+    return text.strip().rstrip(".,;:? ")
 
 
-NUMBER = re.compile(r"[-+]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+|/0*[1-9][0-9]*)?")
-LETTER = re.compile(r"(?s)[({\s]*([A-J])(?:[\s)}.:,]*|[)}.:,]+\s.*|\s+[(a-z].*)")
+NUMBER = re.compile(
+    r"([-+]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?)(?:/0*([1-9][0-9]*))?"
+)
 
 
 def _number(text: str) -> Fraction | None:
     r"""The value of 3, -1,234.5, 7/25 or \frac{7}{25}; None for anything else."""
     text = re.sub(r"^([-+]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
-    return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
+    found = NUMBER.fullmatch(text)
+    return found and Fraction(found[1].replace(",", "")) / int(found[2] or 1)
 
 
-def _letter(text: str) -> str | None:
-    """The one choice, A to J, that a text names."""
-    text = re.sub(r"\\[a-z]+|[{}$*]|\b(?:[Oo]ption|[Cc]hoice)\b", " ", text)
-    found = LETTER.fullmatch(text)
-    return found[1] if found and set(re.findall(r"\b[A-J]\b", text)) == {found[1]} else None
-
-
-def _decide(given: str, alone: bool, gold: str) -> float | None:
+def _decide(given: str, alone: bool, gold: str) -> bool | None:
     """The verdict where text or plain numbers settle it; None where it takes math-verify."""
     # "4, 205" is a list and "4,205" a number: a space after a comma counts.
     a, b = (re.sub(r"(?<!,)\s+", "", text) for text in (given, gold))
     if a == b:
-        return 1.0
+        return True
     if not given or (alone and len(given) > MAX_ANSWER):
-        return 0.0
-    if letter := _letter(gold):
-        return float(letter in (_letter(given), given.upper()))
+        return False
+    # A choice must be the only one named: "(B), not (C)" is one of B's, "B or C" is none.
+    if letter := re.fullmatch(r"(?:\\[a-z]+)?\W*([A-J])\W*", gold):
+        named = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z^_])", given)
+        return set(named) == {letter[1]} or given == letter[1].lower()
     if re.fullmatch(r"[A-Za-z']{3,}", a) and re.fullmatch(r"[A-Za-z']{3,}", b):
-        return float(a.casefold() == b.casefold())  # math-verify multiplies letters
+        return a.casefold() == b.casefold()  # math-verify multiplies letters
     # It ignores the base of 43_5, and whether a pair is a set, a tuple or an interval.
     base, gold_base = (re.findall(r"[0-9]_\{?([0-9]+)", text) for text in (given, gold))
     if base and gold_base and base != gold_base:
-        return 0.0
+        return False
     for x, y in ((given, gold), (gold, given)):
         if x.startswith(r"\{") and re.search(r"^[(\[].*,|[<>]|\\[lg]e", y):
-            return 0.0
-    x, y = _number(given), _number(gold)
-    if x is None or y is None:
+            return False
+    x, y = _number(given), _number(gold.removesuffix(r"\%"))  # a percent sign may be left out
+    if x is not None and x == y:
+        return True
+    y = _number(gold)
+    if x is None or y is None or (x != y and abs(x - y) < 1e-5):
         return None
-    return 1.0 if x == y else 0.0 if abs(x - y) > 1e-5 else None
+    return x == y
 
 
 def _judge(given: str, alone: bool, gold: str) -> bool:
@@ -449,12 +413,13 @@ def _judge(given: str, alone: bool, gold: str) -> bool:
     golds, found = _parse(gold, True), _parse(given, alone)
     if not found and not alone and (last := ONE_NUMBER.findall(given)):
         found = _parse(last[-1], True)
-    settings = {"allow_set_relation_comp": True, "timeout_seconds": None, "raise_on_error": True}
+    settings = {"timeout_seconds": None, "raise_on_error": True, "allow_set_relation_comp": True}
     if not math_verify.verify(golds, found, **settings):
         return False
-    # It takes 1/2004! for 1/2005!, and 1.6e-19 for 0: tiny numbers must agree to 1% as well.
-    tiny = [abs(x[0].doit().evalf()) for x in (golds, found) if getattr(x[0], "is_number", False)]
-    return len(tiny) < 2 or bool(max(tiny) >= 1e-4 or max(tiny) - min(tiny) <= max(tiny) / 100)
+    # It takes 1/2004! for 1/2005! and 1.6e-19 for 0: tiny numbers must agree to 1% as well.
+    sizes = [abs(x[0].doit().evalf()) for x in (golds, found) if getattr(x[0], "is_number", 0)]
+    large = max(sizes, default=1)
+    return bool(len(sizes) < 2 or large >= 1e-4 or large - min(sizes) <= large / 100)
 
 
 @functools.lru_cache(maxsize=1000)  # a gold answer comes back with every rollout of its prompt
@@ -466,7 +431,7 @@ def _parse(text: str, alone: bool) -> list:
     # math-verify would take the t of 4t for tons, the c of x+4c for cents.
     plain = re.sub(r"\\[A-Za-z]+\s*(?:\{[^{}]*\})?", " ", text)
     letters = alone and re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", plain)
-    form = NormalizationConfig(True, not letters, malformed_operators=True, nits=True, boxed="all")
+    form = NormalizationConfig(True, not letters, malformed_operators=True, nits=True)
     # An answer is read whole or not at all: not by the one number that a formula contains.
     kinds = [LatexExtractionConfig(not alone, normalization_config=form)]
     kinds += [] if alone else [ExprExtractionConfig()]
@@ -485,11 +450,11 @@ class Verifier(AbstractContextManager):
     """Scores batches of completions; math-verify, which can hang, runs in worker processes.
 
     timeout: seconds for one completion; then its process is killed. boxed: as in `score`.
-    timeouts, failures: how many got 0.0 so far for want of time, or because math-verify raised or
-    its process died (of its memory limit). no_verdict: where in the latest batch those stand.
+    timeouts, failures: how many got 0.0 so far because time ran out, or because math-verify
+    raised or met its memory limit. no_verdict: where in the latest batch they stand.
 
-    Workers are new processes that do not import your main module: safe beside CUDA and in threads.
-    They end with a with statement, close(), or this process. Linux and macOS only.
+    Workers are new processes that do not import your main module: safe beside CUDA and in
+    threads. close(), a with statement or the end of this process ends them. Not on Windows.
     """
 
     def __init__(self, workers: int = 2, timeout: float = 5, boxed: bool = False):
@@ -497,55 +462,43 @@ class Verifier(AbstractContextManager):
             raise ValueError(f"need workers and timeout above 0, got {workers} and {timeout}")
         self.timeout, self.boxed = timeout, boxed
         self.timeouts = self.failures = 0
-        self.no_verdict: set[int] = set()
+        self.no_verdict = set()
         self._workers = [_Worker() for _ in range(workers)]
-        self._cache = {}  # job (given, alone, gold) -> a worker's reply
-        self._lock = threading.Lock()
+        self._replies = {}  # job (given, alone, gold) -> verdict, "timeout" or "failure"
+        self._lock = threading.Lock()  # one batch at a time
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """End the processes; a later batch starts new ones."""
         for worker in self._workers:
             worker.kill()
+
+    __exit__ = close
 
     def __call__(self, tasks, texts):
         """A verifier is itself a reward."""
         return self.score_many(texts, [task.answer for task in tasks])
 
-    def score_many(self, completions, answers, boxed: bool | None = None):
+    def score_many(self, completions: list[str], answers: list[str]):
         """Rewards (R,) in {0., 1.}: completions[i] against the gold answers[i]."""
         import numpy as np  # not at the top: a worker does without
 
         if len(completions) != len(answers):
             raise ValueError(f"{len(completions)} completions for {len(answers)} answers")
-        boxed = self.boxed if boxed is None else boxed
-        golds = {answer: _tidy(answer, alone=True) for answer in set(answers)}
-        rewards = np.zeros(len(completions))  # (R,)
-        undecided = {}  # job -> where its verdict goes
-        for i, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
-            given, alone = _extract(completion, boxed)
-            if len(given) <= MAX_TAIL:
-                given = _tidy(given, alone)
-            verdict = _decide(given, alone, golds[answer])
-            if verdict is None:
-                undecided.setdefault((given, alone, golds[answer]), []).append(i)
-            else:
-                rewards[i] = verdict
-        with self._lock:  # one batch at a time
-            if len(self._cache) > 50_000:
-                self._cache.clear()
-            self._judge_all([job for job in undecided if job not in self._cache])
-            self.no_verdict = set()
-            for job, places in undecided.items():
-                rewards[places] = self._cache[job] is True
-                if isinstance(self._cache[job], str):
-                    self.no_verdict.update(places)
-        return rewards
+        golds = {answer: _tidy(answer) for answer in set(answers)}
+        pairs = zip(completions, answers, strict=True)
+        jobs = [(*_extract(text, self.boxed), golds[answer]) for text, answer in pairs]
+        with self._lock:
+            if len(self._replies) > 50_000:
+                self._replies.clear()
+            for job in set(jobs) - self._replies.keys():
+                self._replies[job] = _decide(*job)
+            self._ask([job for job in dict.fromkeys(jobs) if self._replies[job] is None])
+            replies = [self._replies[job] for job in jobs]
+        self.no_verdict = {i for i, reply in enumerate(replies) if isinstance(reply, str)}
+        return np.array([float(reply is True) for reply in replies])  # (R,)
 
-    def _judge_all(self, jobs: list) -> None:
-        """Put the verdict on each job into the cache. A thread looks after each worker."""
+    def _ask(self, jobs: list[tuple]) -> None:
+        """Put the workers' replies into the table. A thread looks after each worker."""
         idle = list(self._workers)  # as many as threads: pop() always finds one
 
         def judge(job):
@@ -558,7 +511,7 @@ class Verifier(AbstractContextManager):
         threads = ThreadPoolExecutor(len(self._workers))
         try:
             for job, reply in zip(jobs, threads.map(judge, jobs), strict=True):
-                self._cache[job] = reply
+                self._replies[job] = reply
                 self.timeouts += reply == "timeout"
                 self.failures += reply == "failure"
         finally:  # after Ctrl-C no reply may be left in a pipe: finish the jobs under way
@@ -571,7 +524,7 @@ class _Worker:
     process: subprocess.Popen | None = None
 
     def judge(self, job: tuple, timeout: float) -> bool | str:
-        """True, False, "timeout" or "failure". Raises RuntimeError if no process can be started."""
+        """True, False, "timeout" or "failure"."""
         if self.process is None:
             self.start()
         try:
@@ -587,19 +540,16 @@ class _Worker:
     def start(self) -> None:
         self.pipe, theirs = Pipe()
         end = theirs.fileno()
-        # In a session of its own: Ctrl-C is for this process to handle.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(end)],
-            pass_fds=[end],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-P", __file__, str(end)]
+        # In a session of its own, because Ctrl-C is for this process to handle.
+        popen = functools.partial(subprocess.Popen, stdin=subprocess.DEVNULL)
+        self.process = popen(command, pass_fds=[end], start_new_session=True)
         theirs.close()
         with suppress(EOFError):
             if self.pipe.poll(START) and self.pipe.recv() == "ready":
                 return
         self.kill()
-        raise RuntimeError("a verifier process could not start: is math-verify installed? (see stderr)")
+        raise RuntimeError("a verifier process could not start: is math-verify installed?")
 
     def kill(self) -> None:
         if self.process is not None:
@@ -609,7 +559,7 @@ class _Worker:
             self.process = None
 
 
-_shared = Verifier(workers=1)  # for score(): no process before it needs one
+_shared = [Verifier(workers=1, boxed=boxed) for boxed in (False, True)]  # for score()
 
 
 def _serve(pipe: Connection) -> None:
@@ -629,8 +579,8 @@ def _serve(pipe: Connection) -> None:
             try:
                 reply = _judge(*job)
             except MemoryError:
-                return  # and be replaced: what is left of this process is not worth keeping
-            except Exception:
+                return  # and be replaced: what is left of this process is of no use
+            except Exception:  # sympy has many kinds; they are counted as failures
                 reply = "failure"
             signal.alarm(0)
             pipe.send(reply)
@@ -641,35 +591,34 @@ def _serve(pipe: Connection) -> None:
 
 def load_reward(spec: str):
     """The function that "FILE.py:FUNCTION" names. What its file raises is not caught."""
-    file, colon, name = spec.rpartition(":")
+    file, _, name = spec.rpartition(":")
     path = Path(file).expanduser()
-    if not colon or not path.is_file() or path.suffix != ".py":
-        raise ValueError(f"reward {spec!r}: no file {file!r}: write FILE.py:FUNCTION")
-    module_spec = importlib.util.spec_from_file_location(f"reward_of_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"reward {spec!r}: no Python file {file!r}: write FILE.py:FUNCTION")
+    found = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(found)
     sys.modules[module.__name__] = module  # dataclasses look there
     sys.path.append(str(path.parent))  # for modules beside it
-    module_spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"reward {spec!r}: {file} has no function {name!r}")
-    return function
+    found.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"reward {spec!r}: there is no function {name!r} in {file}")
+    return getattr(module, name)
 
 
 def grade(reward, tasks: list[Task], texts: list[str]):
-    """reward(tasks, texts) as an array (R,) of floats in [0, 1]; ValueError if it is not that."""
+    """reward(tasks, texts) as an array (R,) in [0, 1]; ValueError if it is no such thing."""
     import numpy as np
 
-    name = getattr(reward, "__name__", type(reward).__name__)
+    name = f"reward {getattr(reward, '__name__', type(reward).__name__)}"
     given = reward(tasks, texts)
-    given = given.tolist() if hasattr(given, "tolist") else given  # an array or a tensor
+    given = given.tolist() if hasattr(given, "tolist") else given  # an array, a tensor
     if not isinstance(given, (list, tuple)) or len(given) != len(texts):
-        count = len(given) if hasattr(given, "__len__") else type(given).__name__
-        raise ValueError(f"reward {name}: {count} for {len(texts)} texts: return a number for each")
+        count = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
+        raise ValueError(f"{name} returned {count} for {len(texts)} texts: return a number for each")
     given = [x.item() if hasattr(x, "item") else x for x in given]
     for i, (task, x) in enumerate(zip(tasks, given, strict=True)):
-        if not isinstance(x, numbers.Real) or not 0 <= x <= 1:
-            raise ValueError(f"reward {name}: {x!r} for text {i} (task {task.id}): must be in [0, 1]")
+        if type(x) not in (bool, int, float) or not 0 <= x <= 1:
+            raise ValueError(f"{name} gave {x!r} to text {i} (task {task.id}): not in [0, 1]")
     return np.array(given, dtype=float)  # (R,)
 
 

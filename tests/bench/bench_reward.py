@@ -41,7 +41,7 @@ def hostile(i: int) -> str:
 
 def timed(verifier: Verifier, completions: list[str], answers: list[str]) -> tuple[float, float]:
     """(seconds, mean reward) with an empty cache."""
-    verifier._cache.clear()
+    verifier._replies.clear()
     start = time.perf_counter()
     rewards = verifier.score_many(completions, answers)
     return time.perf_counter() - start, float(rewards.mean())
