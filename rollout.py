@@ -1,7 +1,7 @@
 """Rollouts: ragged groups of sampled responses, from transformers or from vLLM.
 
-Both samplers take prompts, how many responses each of them gets, and a seed. Both return the
-same flat list of records, so the engine is a choice and not a code path.
+Both samplers take prompts, how many responses each of them gets, and a seed. Both return
+the same flat list of records, so the engine is a choice and not a code path.
 
     model, tokenizer = load_model(resolve_model("tiny"))
     prompts = encode_prompts(tokenizer, ["3+5=", "9+9="])
@@ -11,10 +11,9 @@ same flat list of records, so the engine is a choice and not a code path.
 >>> Rollout(group=0, prompt_ids=(5, 14), response_ids=(8, 1), logprobs=(-0.1, 0.0), text="5").text
 '5'
 
-What the paper calls it: the trajectories y_1 .. y_{N_i} ~ pi(. | x_i) of prompt i; N_i differs.
+The paper's name: the trajectories y_1 .. y_{N_i} ~ pi(. | x_i) of prompt i; N_i differs.
+M prompts, R rollouts, r rows in a batch, P prompt tokens, T new tokens, V vocabulary.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -22,20 +21,17 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
-# torch and transformers take seconds to import. What needs them imports them itself, so that
-# train.py can refuse a misspelt --model at once.
+# torch and transformers take seconds to import. What needs them imports them itself,
+# so that train.py can refuse a misspelt --model at once.
 TINY = Path(__file__).resolve().parent / "tutorial" / "tiny_model"
 
 
-# M prompts, R rollouts, r of them in one batch; P prompt tokens, T new tokens, V vocabulary.
 @dataclass(frozen=True)
 class Rollout:
     """One sampled response. Its ids go to the loss as they are, never retokenised."""
@@ -56,11 +52,9 @@ def resolve_model(name: str) -> str:
         return str(folder)
     if folder.exists() or name.startswith(("/", ".", "~")):
         raise ValueError(f"--model {name}: not a folder with a config.json")
-    if name.count("/") == 1:
-        return name
-    if name.startswith("Qwen"):
-        return f"Qwen/{name}"
-    raise ValueError(f"--model {name}: neither tiny, nor a folder, nor a hub id such as Qwen/{name}")
+    if name.count("/") == 1 or name.startswith("Qwen"):
+        return name if "/" in name else f"Qwen/{name}"
+    raise ValueError(f"--model {name}: not tiny, a folder, or a hub id such as Qwen/{name}")
 
 
 def device() -> str:
@@ -72,11 +66,11 @@ def device() -> str:
 @contextlib.contextmanager
 def loading(path: str):
     """Whatever stops transformers or vLLM in here is a ValueError of one line."""
+    # What they log besides, and the hub when it tries again without a network, is noise.
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # Without a network the hub logs every retry.
     logging.getLogger("huggingface_hub").setLevel("ERROR")
     try:
         yield
@@ -105,28 +99,28 @@ def load_model(path: str, trust_remote_code: bool = False) -> tuple:
     # transformers fills what is missing or does not fit with random numbers.
     lost = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if lost:
-        others = f"{min(lost)} and {len(lost) - 1} more are missing from its weights"
-        raise ValueError(f"--model {path}: {others}, or not of the shape in its config.json")
-    for name, p in model.named_parameters():
-        if not bool(torch.isfinite(p).all()):
-            raise ValueError(f"--model {path}: its weights hold NaN or infinity, first in {name}")
-    # The folder's own sampling settings are not used here, and some of them (temperature
-    # without do_sample, as Llama 2's) could not be saved again. Its end tokens stay.
-    eos = model.generation_config.eos_token_id
-    others = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(eos_token_id=eos, **others)
-    # eval() switches dropout off: the trainer's log-probs must be the sampler's.
+        what = f"{min(lost)} and {len(lost) - 1} more are missing from its weights"
+        raise ValueError(f"--model {path}: {what}, or not of its config.json's shape")
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise ValueError(f"--model {path}: its weights hold NaN or infinity, first in {bad[0]}")
+    # The folder's sampling settings are not used here, and some (a temperature without
+    # do_sample, as Llama 2's) could not be saved again. Its end tokens stay.
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids["eos_token_id"] = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(**ids)
+    # Without dropout: the trainer's log-probs must be the sampler's.
     return model.eval(), tokenizer
 
 
 # --------------------------------------------------------------- the prompts
-def encode_prompts(tokenizer, texts: Sequence[str], chat=False, template_kwargs=None) -> list[list[int]]:
-    """Token ids of each text, or, with chat, of the chat template around it. template_kwargs
-    is a dictionary for the template, such as {"enable_thinking": False}."""
+def encode_prompts(tokenizer, texts: list[str], chat=False, template_kwargs=None) -> list:
+    """The token ids of each text; chat puts it into the model's chat template, which gets
+    template_kwargs, such as {"enable_thinking": False}, too."""
     from jinja2 import TemplateError
 
     if chat and not tokenizer.chat_template:
-        raise ValueError("--chat: this model's tokenizer has no chat template; drop the flag")
+        raise ValueError("--chat: the tokenizer has no chat template; drop the flag")
     if template_kwargs and not chat:
         raise ValueError("--chat-template-kwargs needs --chat")
     settings = {"add_generation_prompt": True, **(template_kwargs or {}), "tokenize": False}
@@ -136,13 +130,13 @@ def encode_prompts(tokenizer, texts: Sequence[str], chat=False, template_kwargs=
             try:
                 turns = [{"role": "user", "content": text}]
                 text = tokenizer.apply_chat_template(turns, **settings)
-            # A template raises the first; its expressions, with odd arguments, the others.
+            # What templates raise, and what their expressions do with odd arguments.
             except (TemplateError, TypeError, ValueError, LookupError) as error:
-                raise ValueError(f"--chat: the chat template fails: {error!r:.200}") from error
+                raise ValueError(f"--chat: the template fails: {error!r:.200}") from error
         bare = tokenizer(text, add_special_tokens=False)["input_ids"]
         # A template writes its special tokens itself; a plain text gets the tokenizer's.
         ids = bare if chat else tokenizer(text)["input_ids"]
-        # Some tokenizers append the end of sequence, after which there is nothing to say.
+        # Some tokenizers append the end of sequence, after which nothing is left to say.
         if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
             ids = ids[:-1]
         prompts.append(ids)
@@ -150,29 +144,31 @@ def encode_prompts(tokenizer, texts: Sequence[str], chat=False, template_kwargs=
 
 
 def encode_tasks(tokenizer, tasks, instruction="", chat=False, template_kwargs=None) -> dict:
-    """{task.id: the token ids it is asked with}; the instruction stands on a line of its own."""
+    """{task.id: the token ids it is asked with}, an instruction on the line after it."""
     texts = [f"{t.prompt}\n{instruction}" if instruction else t.prompt for t in tasks]
     prompts = encode_prompts(tokenizer, texts, chat, template_kwargs)
+    # Where its files are missing, transformers makes an empty tokenizer without a word.
     if not all(prompts):
-        text = texts[prompts.index([])]
-        raise ValueError(f"the tokenizer makes nothing of {text!r:.60}: is it in the model's folder?")
+        empty = texts[prompts.index([])]
+        raise ValueError(f"the tokenizer makes nothing of {empty!r:.60}: is it the model's?")
     return {t.id: ids for t, ids in zip(tasks, prompts, strict=True)}
 
 
 def prompt_hint(tokenizer, chat: bool) -> str | None:
-    """What to say to whoever asks an instruct model without --chat, or a base model with it."""
-    # A base model may come with a template too, but one that never ends its sequence.
-    template = str(tokenizer.chat_template or "")
-    instruct = "eos_token" in template or str(tokenizer.eos_token) in template
+    """A line for whoever asks an instruct model without --chat, or a base model with it."""
+    # A base model may have a template too, but one that never writes its end of sequence.
+    template, end = str(tokenizer.chat_template or ""), tokenizer.eos_token or "eos_token"
+    instruct = "eos_token" in template or end in template
+    if instruct and not chat:
+        return "is this an instruct model? It has a chat template: --chat"
     if chat and not instruct:
-        return f"is this a base model? Its chat template never writes {tokenizer.eos_token}"
-    return "is this an instruct model? It has a chat template: --chat" if instruct > chat else None
+        return f"is this a base model? Its chat template never writes {end}"
+    return None
 
 
-def request_seeds(prompts: Sequence, seed: int) -> list[int]:
+def request_seeds(prompts: list, seed: int) -> list[int]:
     """A 62-bit seed for each prompt."""
-    # Made from its ids: a prompt's rollouts do not depend on its place in the batch. The second
-    # of two equal prompts, though, draws other rollouts than the first.
+    # Its ids decide, not its place in the batch. Equal prompts draw different rollouts.
     seen, seeds = Counter(), []
     for ids in map(tuple, prompts):
         key = repr((int(seed), ids, seen[ids])).encode()
@@ -184,14 +180,16 @@ def request_seeds(prompts: Sequence, seed: int) -> list[int]:
 
 def check_counts(prompts, counts) -> np.ndarray:
     counts = np.asarray(counts)
-    if counts.shape != (len(prompts),) or counts.dtype.kind not in "iu" or (counts < 0).any():
+    whole = counts.shape == (len(prompts),) and counts.dtype.kind in "iu"
+    if not whole or (counts < 0).any():
         raise ValueError(f"counts must be {len(prompts)} integers >= 0, one a prompt")
-    if any(len(p) == 0 for p in prompts):
+    if not all(map(len, prompts)):
         raise ValueError("an empty prompt: give every prompt at least one token")
     return counts
 
 
 def records(tokenizer, prompts, group, responses, logprobs, finished) -> list[Rollout]:
+    # responses: R lists of token ids, and their log-probs, of prompts[group[r]].
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     rows = zip(group, responses, logprobs, texts, finished, strict=True)
     return [
@@ -202,13 +200,9 @@ def records(tokenizer, prompts, group, responses, logprobs, finished) -> list[Ro
 
 # -------------------------------------------------------------- transformers
 class HFSampler:
-    """Samples with the trainer's own model: no second copy of the weights, never stale.
+    """Samples with the trainer's own model: no second copy of the weights, never stale."""
 
-    Every rollout draws its tokens from its own stream of uniform numbers: the same seed gives
-    the same rollouts, whatever else is in the batch. temperature divides the logits.
-    """
-
-    # The bound for memory: rows x (prompt + max_new_tokens) that run together.
+    # A bound for memory: rows x (prompt + max_new_tokens) that run together.
     tokens_in_flight = 2**17
 
     def __init__(self, model, tokenizer, max_new_tokens: int, temperature: float = 1.0):
@@ -218,47 +212,46 @@ class HFSampler:
             raise ValueError("temperature must be > 0 and max_new_tokens >= 1")
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        eos = model.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos]
+        eos = np.ravel(model.generation_config.eos_token_id).tolist()  # one, a list or None
         self.end_ids = {*eos, tokenizer.eos_token_id} - {None}
-        # On Hopper cuDNN's attention plans anew for each length, that is for each token.
+        # On Hopper cuDNN's attention would plan anew for each length, that is each token.
         torch.backends.cuda.enable_cudnn_sdp(False)
         # Recurrent layers (Mamba, Qwen3.5, LFM2) keep a state besides keys and values, which
         # transformers cannot split by rows. What the model returns tells, not its name.
         with torch.inference_mode():
             out = model(torch.tensor([[0]], device=model.device), use_cache=True)
-        layers = getattr(out.get("past_key_values"), "layers", [None])
-        kinds = {type(layer).__name__ for layer in layers}
+        cache = out.get("past_key_values")
+        kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [None])}
         self.cached = kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
         if not self.cached:
-            slow = "each token takes a pass over its whole row, which is exact and slow"
-            warnings.warn(f"this model's cache cannot be split by rows: {slow}", stacklevel=2)
+            slow = "sampling reads each row anew for every token, which is exact and slow"
+            warnings.warn(f"this model's cache is not attention's: {slow}", stacklevel=2)
 
-    def sample(self, prompts: Sequence, counts, seed: int) -> list[Rollout]:
-        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records."""
-        counts = check_counts(prompts, counts)
-        T = self.max_new_tokens
-        uniforms = [  # of prompt i: (N_i, T)
-            np.random.default_rng(s).random((n, T), dtype=np.float32)
-            for s, n in zip(request_seeds(prompts, seed), counts, strict=True)
-        ]
-        # A row is (prompt, number within its group). Rows of like length run together.
-        order = np.argsort([len(p) for p in prompts])
-        rows = [(i, j) for i in order for j in range(counts[i])]
-        done: dict[tuple[int, int], Rollout] = {}
+    def sample(self, prompts: list, counts, seed: int) -> list[Rollout]:
+        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts)."""
+        # Every row draws with uniform numbers (T,) of its own: the same seed gives the same
+        # rollouts, whatever else is in the batch. Rows of like prompt length run together.
+        counts, T = check_counts(prompts, counts), self.max_new_tokens
+        seeds = request_seeds(prompts, seed)
+        rows = []
+        for i in np.argsort([len(p) for p in prompts]):
+            u = np.random.default_rng(seeds[i]).random((counts[i], T), dtype=np.float32)
+            rows += [(int(i), uniforms) for uniforms in u]
+        done = [[] for _ in prompts]
         while rows:
             P = np.array([len(prompts[i]) for i, _ in rows])  # ascending
             fits = np.arange(1, len(P) + 1) * (P + T) <= self.tokens_in_flight
             # Without a cache nothing is padded: the prompts of a batch have one length.
             fits &= self.cached | (P == P[0])
             r = max(1, fits.sum())
-            batch, rows = rows[:r], rows[r:]
-            u = np.stack([uniforms[i][j] for i, j in batch])  # (r, T)
-            done |= zip(batch, self._generate(prompts, [i for i, _ in batch], u), strict=True)
-        return [done[i, j] for i in range(len(prompts)) for j in range(counts[i])]
+            group, u = zip(*rows[:r], strict=True)
+            for rollout in self._generate(prompts, group, np.stack(u)):
+                done[rollout.group].append(rollout)
+            rows = rows[r:]
+        return [rollout for rollouts in done for rollout in rollouts]
 
-    def _generate(self, prompts, group: list[int], u: np.ndarray) -> list[Rollout]:
-        """A rollout of prompts[i] for each i of `group` (r,), from uniforms u (r, T) in [0, 1)."""
+    def _generate(self, prompts, group, u: np.ndarray) -> list[Rollout]:
+        # A rollout of prompts[i] for each i in group (r,), from uniform numbers u (r, T).
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -267,52 +260,49 @@ class HFSampler:
         end = torch.tensor(sorted(self.end_ids), device=where)
         responses, logps = [[] for _ in group], [[] for _ in group]
         rows = torch.arange(r, device=where)  # those that have not ended
-        # Each prompt is read once, on a grid padded on the left, so that all end together.
+        # The prompts, each once, on a grid padded on the left: all end in its last column.
         distinct = list(dict.fromkeys(group))
         texts = [torch.tensor(prompts[i]) for i in distinct]
         ids = pad_sequence(texts, True, -1, "left").to(where)  # (G, P)
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)
-        place = {i: k for k, i in enumerate(distinct)}
-        expand = torch.tensor([place[i] for i in group], device=where)  # (r,)
-        read = partial(self.model, use_cache=self.cached, logits_to_keep=1)
+        expand = torch.tensor([distinct.index(i) for i in group], device=where)  # (r,)
+        new, cache = ids, None
         bfloat16 = torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda")
         with torch.inference_mode(), bfloat16:
-            position = (mask.cumsum(1) - 1).clamp(min=0)
-            out = read(input_ids=ids, attention_mask=mask, position_ids=position)
-            # What was read is repeated for each row of the prompt's group.
-            logits, ids, mask = out.logits[expand, -1], ids[expand], mask[expand]
-            if self.cached:
-                cache = out.past_key_values
-                cache.batch_select_indices(expand)
             for t in range(T):
-                logp = (logits.float() / self.temperature).log_softmax(-1)  # (rows, V)
+                # The model reads the prompts first, then the new token of each row.
+                position = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+                inputs = dict(input_ids=new, attention_mask=mask, position_ids=position)
+                keep = dict(past_key_values=cache, use_cache=self.cached, logits_to_keep=1)
+                out = self.model(**inputs, **keep)
+                logits, cache = out.logits[:, -1].float(), out.get("past_key_values")
+                if t == 0:
+                    # From here on every row has what was read of its prompt.
+                    logits, ids, mask = logits[expand], ids[expand], mask[expand]
+                    if self.cached:
+                        cache.batch_select_indices(expand)
+                logp = (logits / self.temperature).log_softmax(-1)  # (rows, V)
                 # Inverse CDF: the first token whose cumulative probability exceeds u. Scaling
                 # by the last entry keeps u below it whatever rounding did to the sum.
                 cdf = logp.exp().cumsum(-1)
                 chosen = torch.searchsorted(cdf, u[rows, t, None] * cdf[:, -1:], right=True)
                 chosen = chosen.clamp(max=cdf.shape[1] - 1)  # (rows, 1)
-                drawn = zip(rows.tolist(), chosen.tolist(), logp.gather(1, chosen).tolist(), strict=True)
-                for row, token, lp in drawn:
+                drawn = rows.tolist(), chosen.tolist(), logp.gather(1, chosen).tolist()
+                for row, token, lp in zip(*drawn, strict=True):
                     responses[row] += token
                     logps[row] += lp
-                # Rows that end here leave the batch, and what was read of them.
+                # Rows that end leave the batch.
                 going = ~torch.isin(chosen[:, 0], end)
-                if t + 1 == T or not bool(going.any()):
+                if not bool(going.any()):
                     break
                 if not bool(going.all()):
                     rows, chosen, ids, mask = (x[going] for x in (rows, chosen, ids, mask))
                     if self.cached:
                         cache.batch_select_indices(going.nonzero()[:, 0])
-                # The new token is read alone, or after all the others.
-                ids = torch.cat([ids, chosen], 1)
                 mask = torch.cat([mask, torch.ones_like(chosen)], 1)
-                if self.cached:
-                    position = mask.sum(1, keepdim=True) - 1
-                    new = dict(input_ids=chosen, attention_mask=mask, position_ids=position)
-                    out = read(**new, past_key_values=cache)
-                else:
-                    out = read(input_ids=ids)
-                logits = out.logits[:, -1]
+                ids = torch.cat([ids, chosen], 1)
+                # Without a cache the model reads the whole row anew.
+                new = chosen if self.cached else ids
         finished = [ids[-1] in self.end_ids for ids in responses]
         return records(self.tokenizer, prompts, group, responses, logps, finished)
 
@@ -327,21 +317,18 @@ class HFSampler:
 
 # ---------------------------------------------------------------------- vLLM
 class VLLMSampler:
-    """Samples with vLLM's engine, in this process, from the weights of the last sync(model).
+    """Samples with vLLM's engine, in this process, from the weights of the last sync(model),
+    and at first from those at `path`. gpu_memory is its share of the GPU's memory."""
 
-    path: where the first weights are. gpu_memory: the engine's share of the GPU's memory.
-    dtype: unless given, bfloat16 on a GPU and float32 on vLLM's CPU build.
-    """
-
-    # One GPU has two tenants: sample, sleep(), update, sync(model), and so on. The sampler is
-    # built before the trainer's model moves there, because it measures what is free.
+    # One GPU has two tenants: sample, sleep(), update, sync(model), and so on. Build the
+    # sampler before the trainer's model moves there, as it measures what is free.
     # Qwen2.5-Math-1.5B takes, in GB:
-    #   always    float32 weights 6.2, AdamW's moments 12.3                      = 18.5
-    #   sampling  + bfloat16 weights 3.1, graphs 3, and keys and values 19.4
-    #             (28 KiB a token, 512 rows of 1324 tokens)                      = 44
-    #   updating  + gradients 6.2, bfloat16 copies 3.1, the sleeping engine 1.5  = 29
-    #             and activations
-    # That fits 80 GB. 24 GB are too few, whoever samples; a 0.5B model (always 7.9) fits there.
+    # - always 18.5: float32 weights 6.2, AdamW's moments 12.3;
+    # - to sample 25.5 more: bfloat16 weights 3.1, graphs 3, and keys and values 19.4
+    #   (512 rows of 1324 tokens, 28 KiB each);
+    # - to update 10.8 and activations: gradients 6.2, bfloat16 copies 3.1, the sleeping
+    #   engine 1.5.
+    # That fits 80 GB. It does not fit 24 GB; a 0.5B model, always 7.9, does.
 
     def __init__(
         self, path: str, tokenizer, max_new_tokens: int, temperature: float = 1.0,
@@ -351,32 +338,35 @@ class VLLMSampler:
         # One process, and quiet: both are read when vLLM is imported.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import torch
         from vllm import LLM
 
-        self.tokenizer, self.gpu = tokenizer, device() == "cuda"
+        self.gpu, self.tokenizer = torch.cuda.is_available(), tokenizer
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        settings = dict(disable_log_stats=True, use_tqdm_on_load=False)
-        settings |= dict(max_model_len=max_prompt_tokens + max_new_tokens)
-        # The log-probs are those of the distribution sampled from, temperature included.
-        settings |= dict(logprobs_mode="processed_logprobs")
+        # The log-probs are of what was sampled from, temperature included.
+        settings = dict(logprobs_mode="processed_logprobs", use_tqdm_on_load=False)
         if self.gpu:
             settings |= dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
         else:
-            # Prefixes are shared in whole blocks, so short prompts need short ones. After half
-            # a prompt vLLM rewinds a request's generator, which a CPU's cannot.
+            # Prefixes are shared in whole blocks, so short prompts need short ones. After
+            # half a prompt vLLM rewinds the random generator, which it cannot on a CPU.
             settings |= dict(block_size=32, enable_chunked_prefill=False)
             settings |= dict(enforce_eager=True, kv_cache_memory_bytes=2**30)
+        # In float32 a CPU's log-probs are within 1e-4 nats of the trainer's.
         dtype = dtype or ("bfloat16" if self.gpu else "float32")
-        self.llm = LLM(path, dtype=dtype, trust_remote_code=trust_remote_code, **settings)
+        settings |= dict(dtype=dtype, max_model_len=max_prompt_tokens + max_new_tokens)
+        self.llm = LLM(path, trust_remote_code=trust_remote_code, **settings)
+        # torch keeps what the trainer has freed; the engine needs it to wake up.
+        self.make_room = torch.cuda.empty_cache
         # The model of the last sync, and a fingerprint of the weights it had then.
         self.model, self.loaded, self.asleep = None, None, False
 
-    def sample(self, prompts: Sequence, counts, seed: int) -> list[Rollout]:
-        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts) records."""
+    def sample(self, prompts: list, counts, seed: int) -> list[Rollout]:
+        """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts)."""
         if self.asleep:
-            raise RuntimeError("the engine is asleep and has no weights: call sync(model) first")
+            raise RuntimeError("the engine is asleep: call sync(model) first")
         if self.model is not None and fingerprint(self.model) != self.loaded:
-            raise RuntimeError("the model has changed since the last sync(model): call it again")
+            raise RuntimeError("the model has changed since the last sync(model)")
         from vllm import SamplingParams, TokensPrompt
 
         counts = check_counts(prompts, counts)
@@ -399,7 +389,8 @@ class VLLMSampler:
         group = np.repeat(np.arange(len(prompts)), counts)
         drawn = [o for out in outputs for o in sorted(out.outputs, key=lambda o: o.index)]
         responses = [o.token_ids for o in drawn]
-        logps = [[at[t].logprob for at, t in zip(o.logprobs, o.token_ids, strict=True)] for o in drawn]
+        steps = [zip(o.logprobs, o.token_ids, strict=True) for o in drawn]
+        logps = [[at[token].logprob for at, token in step] for step in steps]
         finished = [o.finish_reason == "stop" for o in drawn]
         return records(self.tokenizer, prompts, group, responses, logps, finished)
 
@@ -410,10 +401,11 @@ class VLLMSampler:
             self.asleep = True
 
     def sync(self, model) -> None:
-        # The trainer's weights, of any float dtype. That all of them arrive is proved for each
-        # version of vLLM by tests/test_vllm.py.
+        # Any float dtype will do. tests/test_vllm.py proves, for each version of vLLM, that
+        # all weights arrive.
         if self.asleep:
-            self._wake(["weights"])
+            self.make_room()
+            self.llm.wake_up(["weights"])
         # state_dict(), not named_parameters(): with tied embeddings the latter has no
         # lm_head.weight, and vLLM would go on sampling from its old head without a word.
         weights = iter(model.state_dict().items())
@@ -423,24 +415,19 @@ class VLLMSampler:
             self.asleep = False
         # Cached prefixes were computed with the old weights.
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not empty its prefix cache: requests are still running")
+            raise RuntimeError("vLLM did not empty its prefix cache: requests still run")
         self.model, self.loaded = model, fingerprint(model)
 
     def close(self) -> None:
         # A sleeping engine would unmap what it has unmapped already.
         if self.asleep:
-            self._wake()
+            self.make_room()
+            self.llm.wake_up()
         self.llm.llm_engine.engine_core.shutdown()
-
-    def _wake(self, *parts) -> None:
-        import torch
-
-        torch.cuda.empty_cache()
-        self.llm.wake_up(*parts)
 
 
 def fingerprint(model) -> list[float]:
-    # Eight entries of each parameter, spread evenly: no optimizer's step leaves them all alone.
+    # Eight entries of each parameter: no step of an optimizer leaves all of them alone.
     # Autograd counts changes too, but fused optimizers do not move its count.
     import torch
 
@@ -464,7 +451,7 @@ def choose_engine(wanted: str) -> tuple[str, str]:
     if wanted == "auto":
         return "hf", "there is no GPU for vLLM" if build else "vLLM is not installed"
     if wanted == "vllm" and not build:
-        raise ValueError("--engine vllm: vLLM is not installed; `pip install vllm==0.32.0` or --engine hf")
+        raise ValueError("--engine vllm: `pip install vllm==0.32.0` first, or --engine hf")
     if wanted == "vllm" and build == "gpu" and not gpu:
-        raise ValueError("--engine vllm: this vLLM needs a GPU and there is none; use --engine hf")
+        raise ValueError("--engine vllm: it needs a GPU and there is none; use --engine hf")
     return wanted, "as asked"

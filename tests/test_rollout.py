@@ -268,7 +268,7 @@ def test_a_loaded_model_can_be_saved(tmp_path, settings, ends):
         ("gpu", True, "auto", "vllm"),
         ("gpu", True, "hf", "hf"),
         ("cpu", False, "vllm", "vllm"),
-        (None, True, "vllm", "vLLM is not installed"),
+        (None, True, "vllm", "pip install vllm"),
         ("gpu", False, "vllm", "needs a GPU and there is none"),
     ],
 )
@@ -292,12 +292,14 @@ def test_on_a_gpu_the_engine_wakes_in_order(loaded, prompts):
 
     sampler = object.__new__(rollout.VLLMSampler)
     sampler.llm, sampler.gpu, sampler.asleep, sampler.model = Recorder(), True, False, None
+    sampler.make_room = lambda: calls.append(("make room",))
     sampler.sleep()
     with pytest.raises(RuntimeError, match="asleep"):
         sampler.sample(prompts, COUNTS, seed=0)
     sampler.sync(loaded[0])
     assert calls == [
         ("sleep", "level"),
+        ("make room",),
         ("wake_up", ["weights"]),
         ("collective_rpc", "reload_weights", "kwargs"),
         ("wake_up", ["kv_cache"]),
