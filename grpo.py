@@ -1,220 +1,187 @@
-"""GRPO for ragged groups: rewards -> advantages -> clipped loss -> a few optimizer steps.
+"""GRPO for ragged groups: rewards -> advantages -> clipped loss -> optimizer steps.
 
-A group is the rollouts of one prompt, of any size: `group[r]` says which one rollout r belongs to,
-and that is all the raggedness there is. Tokens are kept flat, (N,), so there is no padding to mask.
+A group is the rollouts of one prompt, however many: `group[r]` names the prompt of
+rollout r. Tokens are kept flat, (N,), so there is no padding to mask.
 
-    advantages = group_advantages(rewards, group)             # (R,), zero for silent groups
-    stats = update(model, optimizer, rollouts, advantages)    # the model is better now
+    advantages = group_advantages(rewards, group)           # (R,), 0 in silent groups
+    stats = update(model, optimizer, rollouts, advantages)  # the model is better now
 
->>> import numpy as np
->>> group_advantages(np.array([1.0, 0.0, 1.0, 1.0]), np.array([7, 7, 9, 9])).round(3)
+>>> group_advantages([1.0, 0.0, 1.0, 1.0], group=[7, 7, 9, 9]).round(3)
 array([ 0.707, -0.707,  0.   ,  0.   ])
 
-What the paper calls it: GRPO, with its training settings. Which line of whose formula each piece is:
+The paper calls it GRPO. Each piece, and whose formula it is:
 
-    group_advantages   GRPO's (r - mean)/std a group (DeepSeekMath, Sec. 4.1). "centred" drops the std:
-                       Dr. GRPO (Liu et al. 2025, Sec. 3)
-    ratio, clip        PPO's, with two ends: clip-higher (DAPO, Sec. 3.1); dual clip (Ye et al. 2020)
-    normalizer         1 / sum of |o|, outside all sums: token-mean (DAPO, Sec. 3.3), the paper's. "sequence":
-                       1/R sum_r 1/|o_r| (GRPO); a constant length: Dr. GRPO
-    silent groups      DAPO (Sec. 3.2) samples on until every group is mixed; the paper's knapsack buys
-                       fewer silent ones; here those that still happen are counted and not computed
-    no KL              as DAPO (Sec. 2.3) and the paper. kl_coef > 0 is GRPO's k3 term (Sec. 4.1, eq. 4)
-    importance weight  pi_trainer / pi_sampler, truncated at 2: the paper's settings name it, its code
-                       computes it after the loss and never applies it; here it is applied
+    group_advantages   (r - mean) / std in a group: GRPO (DeepSeekMath, Sec. 4.1)
+    ratio, clip        PPO's with two ends: clip-higher (DAPO, Sec. 3.1)
+    dual clip          a bound where A < 0 (Ye et al. 2020)
+    / n_tokens         1 / sum of |o|, outside all sums: token mean (DAPO, Sec. 3.3)
+    silent groups      DAPO (Sec. 3.2) samples on until every group is mixed; the
+                       paper's knapsack buys fewer silent ones; `update` skips them
+    importance weight  pi_trainer / pi_sampler, truncated at 2: the paper's settings
+                       name it, its code never applies it; here it is applied
+    no KL              as in DAPO (Sec. 2.3) and the paper
 
-Why token-mean is what makes unequal groups pay. Two prompts, half of whose rollouts are right, answers of
-10 tokens, 40 rollouts for the one and 8 for the other. Let theta move all tokens of a right answer up by 1/2
-and those of a wrong one down by 1/2; how hard does each prompt pull on its theta?
+A token's loss is proportional to its A, so other losses are other advantages. Of M
+prompts and R rollouts, T (R,) the lengths and n (R,) the size of each one's group
+(chapter 5 runs them all):
 
->>> group, right = np.repeat([0, 1], [40, 8]), np.arange(48) % 2
->>> pull = np.bincount(group, 10 * group_advantages(right, group) * (right - 1 / 2))  # summed over tokens
->>> (pull / (10 * 48)).round(2)  # token-mean: in proportion to the rollouts
-array([0.41, 0.08])
->>> (pull / (10 * np.array([40, 8])) / 2).round(2)  # a mean over each prompt first: equal
-array([0.25, 0.23])
-
-With a mean over each prompt, 32 more rollouts only lower the noise of one prompt's gradient; with the token
-mean they make it count five times as much. (0.23 and not 0.25: the unbiased std of a small group.)
-
-How much memory a 1.5B model takes: tests/bench/bench_gpu.py has the arithmetic.
+    GRPO's sequence mean     advantages * T.mean() / T
+    a mean over each prompt  advantages * R / M / n
+    Dr. GRPO, L a constant   kind="centred", advantages * T.mean() / L
+    RLOO                     kind="leave-one-out"
+    KL(pi, pi_ref)           advantages - beta * group_advantages(k, group, clip=inf,
+                             kind="leave-one-out"), k (R,) = sum_t log pi / pi_ref
+                             (GRPO's k3 = r - 1 - log r, r = pi_ref / pi, is a loss;
+                             as a reward it would have the wrong gradient)
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
-# On Hopper torch >= 2.11 takes cuDNN's attention first. With a mask its gradient can be NaN (pytorch#196678;
-# Qwen2.5 is among those it meets), and it plans anew for each length. Off, for the whole process.
+# torch >= 2.11 takes cuDNN's attention first on Hopper. With a mask its gradient can be
+# NaN (pytorch#196678), and it plans anew for each length: off, for the whole process.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-# ------------------------------------------------------------------------------------ advantages
 
+# ------------------------------------------------------------------------- advantages
+def group_advantages(rewards, group, eps=1e-6, clip=5.0, kind="scaled") -> np.ndarray:
+    """How much better each rollout did than its own group, clipped to +-clip.
 
-def group_advantages(
-    rewards, group, eps: float = 1e-6, clip: float = 5.0, kind: str = "scaled"
-) -> np.ndarray:
-    """What each rollout did better than its own group, clipped to +-clip. In a group of n:
+        kind="scaled"         A = (r - mean) / (std + eps)   GRPO; the paper's
+        kind="centred"        A = r - mean                   Dr. GRPO
+        kind="leave-one-out"  A = r - mean of the others     RLOO
 
-        kind="scaled"          A_r = (reward_r - mean) / (std + eps)    GRPO; the paper's, and the default
-        kind="centred"         A_r = reward_r - mean                    Dr. GRPO
-        kind="leave-one-out"   A_r = reward_r - mean of the others      RLOO;  = (reward_r - mean) n/(n-1)
-
-    rewards (R,) floats, binary or not; group (R,) integers, any labels in any order.
-    std is the unbiased one (n - 1), as in the paper's code. Returns (R,) float64; a group of one and
-    a silent group (all rewards equal) give exactly 0. ValueError on shapes that differ or rewards
-    that are not finite.
+    rewards (R,) finite numbers; group (R,) integer labels in any order (ValueError).
+    Returns (R,) float64, exactly 0 in groups of one and silent groups (rewards equal).
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
-    group = np.asarray(group)
+    rewards, group = np.asarray(rewards, dtype=np.float64), np.asarray(group)
     if rewards.ndim != 1 or rewards.shape != group.shape:
         raise ValueError(f"rewards {rewards.shape} and group {group.shape} must both be (R,)")
     if not np.isfinite(rewards).all():
-        raise ValueError("rewards must be finite: look at the verifier, not at the advantages")
-    _, g, n = np.unique(group, return_inverse=True, return_counts=True)  # (R,) labels, (M,) sizes
-    mean = np.bincount(g, rewards) / n  # (M,)
-    centred = rewards - mean[g]
+        raise ValueError("rewards must be finite: look at the verifier")
+    _, g, n = np.unique(group, return_inverse=True, return_counts=True)  # (R,), (M,)
+    A = rewards - (np.bincount(g, rewards) / n)[g]  # (R,)
+    others = np.maximum(n - 1, 1)  # (M,)
     if kind == "scaled":
-        variance = np.bincount(g, centred**2) / np.maximum(n - 1, 1)
-        advantages = centred / (np.sqrt(variance)[g] + eps)
-    elif kind == "centred":
-        advantages = centred
+        # The unbiased std (n - 1), as in the paper's code.
+        A = A / (np.sqrt(np.bincount(g, A**2) / others)[g] + eps)
     elif kind == "leave-one-out":
-        advantages = centred * (n / np.maximum(n - 1, 1))[g]
-    else:
+        # r - (n mean - r) / (n - 1) = (r - mean) n / (n - 1)
+        A = A * (n / others)[g]
+    elif kind != "centred":
         raise ValueError(f"kind {kind!r} must be scaled, centred or leave-one-out")
-    # Three rewards of 0.1 have a mean that is not quite 0.1: silence is decided on the rewards.
-    first = np.zeros(len(n))
-    first[g] = rewards
-    mixed = np.bincount(g, rewards != first[g]) > 0
-    return np.where(mixed[g], np.clip(advantages, -clip, clip), 0.0)
+    # The mean of three 0.1 is not quite 0.1, so silence is decided on the rewards.
+    some = np.zeros(len(n))
+    some[g] = rewards  # (M,) one reward of each group
+    mixed = np.bincount(g, rewards != some[g]) > 0  # (M,)
+    return np.where(mixed[g], np.clip(A, -clip, clip), 0.0)
 
 
-# --------------------------------------------------------------------------------- log-probabilities
-
-
+# ------------------------------------------------------------------ log-probabilities
 def token_logprobs(
-    model,
-    rollouts: Sequence,
-    temperature: float = 1.0,
-    share_prompts: bool = True,
-    bfloat16: bool | None = None,
+    model, rollouts: Sequence, temperature=1.0, share_prompts=True, bfloat16=None
 ) -> torch.Tensor:
     """log pi(token | prompt, tokens before it) of every response token.
 
-    rollouts: R records with `group`, `prompt_ids`, `response_ids` (as sampled, never retokenised).
-    Returns (N,) in float32 or better, N = total response tokens, rollout after rollout; gradients flow.
-    temperature is the sampler's: the policy that took these actions was softmax(logits / temperature).
-    share_prompts: how the same numbers are computed, see `_shared_pass` and `_plain_pass`.
-    bfloat16: matrix products in bfloat16 over float32 weights; None means on a GPU only.
-
-    For models whose logits are head(hidden), as Qwen's and Llama's are; not for those that cap or
-    scale them afterwards (Gemma 2, Cohere, Granite).
+    rollouts: R records with `group`, `prompt_ids`, `response_ids` (as sampled).
+    Returns (N,), N = all response tokens, rollout after rollout; gradients flow.
+    temperature: the sampler's. The policy was softmax(logits / temperature).
+    share_prompts: run each prompt once, if the model's cache allows it.
+    bfloat16: products in bfloat16, weights in float32. None: on a GPU only.
+    A model not seen before goes through `check_logprobs` first (ValueError).
     """
+    if model not in _CHECKED:
+        check_logprobs(model, temperature)
     device = next(model.parameters()).device
     if bfloat16 is None:
         bfloat16 = device.type == "cuda"
-    run = _shared_pass if share_prompts else _plain_pass
+    targets = torch.tensor([t for r in rollouts for t in r.response_ids], device=device)
+    run = _shared_pass if share_prompts and _CHECKED[model] else _plain_pass
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        hidden, targets = run(model.get_decoder(), rollouts, device)  # (N, H), (N,)
-        return _logprobs_of(model.get_output_embeddings(), hidden, targets, temperature)  # (N,)
+        hidden = run(model.get_decoder(), rollouts, device)  # (N, H)
+        return _head(model.get_output_embeddings(), hidden, targets, temperature)
 
 
-def _padded(sequences: Sequence, device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(sequences: Sequence, device, side: str = "right"):
     """Token ids and mask (1: a token), both (rows, longest)."""
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros(len(sequences), width, dtype=torch.long)
-    for i, sequence in enumerate(sequences):
-        where = slice(width - len(sequence), width) if left else slice(0, len(sequence))
-        ids[i, where] = torch.tensor(sequence)
-        mask[i, where] = 1
-    return ids.to(device), mask.to(device)
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    ids = [torch.tensor(s, dtype=torch.long) for s in sequences]
+    return pad(ids).to(device), pad([torch.ones_like(x) for x in ids]).to(device)
 
 
-def _plain_pass(decoder, rollouts, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states that predict the response tokens, (N, H), and those tokens, (N,): one pass over
-    prompt + response. Right padding needs no mask, the causal order hides it from every real token;
-    and without a mask the attention kernel may be the fastest one."""
-    ids, mask = _padded([(*r.prompt_ids, *r.response_ids) for r in rollouts], device)  # (R, L)
+def _plain_pass(decoder, rollouts, device) -> torch.Tensor:
+    """Hidden states that predict the response tokens, (N, H): a row for a rollout."""
+    ids, mask = _padded([(*r.prompt_ids, *r.response_ids) for r in rollouts], device)
+    # No mask goes in: the causal order hides padding on the right from real tokens,
+    # and without a mask the fastest attention kernel may be taken.
     hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (R, L, H)
-    starts = torch.tensor([len(r.prompt_ids) for r in rollouts], device=device)
-    real = (torch.arange(ids.shape[1], device=device) >= starts[:, None]) & mask.bool()  # (R, L)
-    return hidden[:, :-1][real[:, 1:]], ids[real]
+    for row, r in zip(mask, rollouts, strict=True):
+        row[: len(r.prompt_ids)] = 0  # what remains are the response's tokens
+    return hidden[:, :-1][mask[:, 1:].bool()]  # column t predicts the token of t + 1
 
 
-def _shared_pass(decoder, rollouts, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, with **each prompt computed once a group**. A group of 40 rollouts repeats its prompt
-    40 times. So the distinct prompts run first, (G, P), their keys and values stay in the graph and
-    are expanded over the rows, and only the responses run on top, in slices of like length, (r, T).
-    Gradients flow back through the expansion and add up. It costs G*P + R*T tokens instead of R*(P+T).
-    """
-    labels = list(dict.fromkeys(r.group for r in rollouts))  # distinct groups, in order of appearance
-    row_of = {label: i for i, label in enumerate(labels)}
-    prompt_of = {r.group: r.prompt_ids for r in rollouts}
-    if any(tuple(r.prompt_ids) != tuple(prompt_of[r.group]) for r in rollouts):
-        raise ValueError("rollouts of one group must share one prompt")
+def _shared_pass(decoder, rollouts, device) -> torch.Tensor:
+    """The same with each prompt computed once: G P + R T tokens, not R (P + T).
 
-    # Prompts padded on the left, so that all of them end in the same column; positions start at 0.
-    prompt_ids, prompt_mask = _padded([prompt_of[label] for label in labels], device, left=True)
-    out = decoder(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask,
-        position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=True,
-    )
+    The G prompts run first. Their keys and values are repeated over the rollouts, and
+    the responses run on top of them. All of it stays in the graph: gradients flow back
+    through the repetition and add up."""
+    prompt = [tuple(r.prompt_ids) for r in rollouts]
+    row_of = {ids: i for i, ids in enumerate(dict.fromkeys(prompt))}  # the distinct ones
+    run = partial(decoder, use_cache=True)
+
+    # 1. The prompts, padded on the left, so that all end in the same column.
+    ids, prompt_mask = _padded(list(row_of), device, side="left")  # (G, P)
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
+    out = run(input_ids=ids, attention_mask=prompt_mask, position_ids=positions)
     last, cache = out.last_hidden_state[:, -1:], out.past_key_values  # (G, 1, H)
 
-    lengths = [len(r.response_ids) for r in rollouts]
-    slices = list(_slices(lengths))
-    pieces = []
-    for part in slices:
+    # 2. The responses, in slices of r rollouts of like length.
+    found: dict[int, torch.Tensor] = {}  # rollout -> (T, H)
+    T = [len(r.response_ids) for r in rollouts]
+    for part in _slices(T):
         ids, mask = _padded([rollouts[i].response_ids for i in part], device)  # (r, T)
-        rows = torch.tensor([row_of[rollouts[i].group] for i in part], device=device)  # (r,)
-        # The prompt's last column predicts the first response token.
-        # index_select, not x[rows]: on a CPU the backward pass of the latter adds up in no fixed order.
+        rows = torch.tensor([row_of[prompt[i]] for i in part], device=device)  # (r,)
+        # The prompt's last column predicts the first response token. (index_select:
+        # on a CPU the gradient of last[rows] adds up in no fixed order.)
         hidden = last.index_select(0, rows)  # (r, 1, H)
-        T = ids.shape[1]
-        if T > 1:
-            expanded = copy.copy(cache)
-            expanded.layers = [copy.copy(layer) for layer in cache.layers]
-            for layer in expanded.layers:
+        if ids.shape[1] > 1:
+            repeated = copy.copy(cache)
+            repeated.layers = [copy.copy(layer) for layer in cache.layers]
+            for layer in repeated.layers:  # (G, heads, P, D) -> (r, heads, P, D)
                 layer.keys = layer.keys.index_select(0, rows)
                 layer.values = layer.values.index_select(0, rows)
-            # Right padding needs no mask: the causal order hides it from every real token.
-            own = torch.ones(len(part), T - 1, dtype=torch.long, device=device)
-            later = decoder(
+            past, own = prompt_mask[rows], torch.ones_like(ids[:, 1:])
+            later = run(
                 input_ids=ids[:, :-1],
-                attention_mask=torch.cat([prompt_mask[rows], own], dim=1),
-                position_ids=prompt_mask.sum(1, keepdim=True)[rows] + torch.arange(T - 1, device=device),
-                past_key_values=expanded,
+                attention_mask=torch.cat([past, own], dim=1),
+                position_ids=past.sum(1, keepdim=True) + own.cumsum(1) - 1,
+                past_key_values=repeated,
             )
             hidden = torch.cat([hidden, later.last_hidden_state], dim=1)  # (r, T, H)
-        pieces.append(hidden[mask.bool()])
-    # Tokens now stand slice after slice; `place` says where each of them belongs.
-    starts = np.cumsum(lengths) - lengths
-    place = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for part in slices for i in part])
-    back = torch.from_numpy(np.argsort(place)).to(device)
-    targets = torch.tensor([t for r in rollouts for t in r.response_ids], device=device)
-    return torch.cat(pieces).index_select(0, back), targets
+        found |= zip(part, hidden[mask.bool()].split([T[i] for i in part]), strict=True)
+    return torch.cat([found[i] for i in range(len(rollouts))])
 
 
-def _slices(lengths: Sequence[int], waste: float = 0.05, least: int = 256) -> Iterator[list[int]]:
-    """Indices, longest first, cut where padding would exceed `waste` of a slice (if the slice is worth
-    a pass of its own: `least` tokens)."""
-    part: list[int] = []
-    real = 0
+def _slices(lengths: Sequence[int], waste=0.05, least=256) -> Iterator[list[int]]:
+    """Indices, longest first, cut where padding would exceed the share `waste`; but a
+    slice of fewer than `least` tokens is not worth a pass of its own."""
+    part, real = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        padded = (len(part) + 1) * lengths[part[0]] if part else lengths[i]
-        if padded > least and real + lengths[i] < (1 - waste) * padded:
+        padded = (len(part) + 1) * lengths[part[0] if part else i]
+        if part and padded > least and real + lengths[i] < (1 - waste) * padded:
             yield part
             part, real = [], 0
         part.append(i)
@@ -223,346 +190,276 @@ def _slices(lengths: Sequence[int], waste: float = 0.05, least: int = 256) -> It
         yield part
 
 
-def _logprobs_of(head, hidden, targets, temperature, chunk_elements: int | None = None) -> torch.Tensor:
-    """log softmax(head(hidden) / temperature)[targets], (N, H), (N,) -> (N,); in chunks where N x V is
-    large. A chunk is 2^25 logits; 2^28 on a GPU (1 GiB in float32), where small ones would leave it idle."""
-    if chunk_elements is None:
-        chunk_elements = 2**28 if hidden.is_cuda else 2**25
-    n = max(1, chunk_elements // head.weight.shape[0])
-    if len(hidden) > n:
-        if head.bias is not None:
-            raise ValueError("a head with a bias is not supported: see _ChunkedLogprobs")
-        return _ChunkedLogprobs.apply(hidden, head.weight, targets, temperature, n)
-    logits = head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (N, V)
-    if temperature != 1:
-        logits = logits / temperature
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+def _head(head, hidden, targets, temperature, chunk=None) -> torch.Tensor:
+    """log softmax(head(hidden) / temperature) at the targets: (N, H), (N,) -> (N,)."""
+    # 2^28 logits are 1 GiB in float32; smaller chunks would leave a GPU idle.
+    chunk = chunk or (2**28 if hidden.is_cuda else 2**25)
+    n = max(1, chunk // head.weight.shape[0])
+    dtype = head(hidden[:1]).dtype  # of the products: autocast's, where it is on
+    tensors = hidden, head.weight, head.bias
+    tensors = (None if x is None else x.to(dtype) for x in tensors)
+    return _Head.apply(*tensors, targets, temperature, n)
 
 
-class _ChunkedLogprobs(torch.autograd.Function):
-    """N x V floats never live at once: logits are computed n rows at a time, again in the backward pass,
-    where the head's gradient is summed in place (torch's checkpoint would keep three arrays of its size).
-    Peak on a CPU, N = 4096, V = 151,936: 1.4 GB, 0.9 of them that gradient; whole logits: 7.5 GB
-    (tests/bench/bench_grpo.py)."""
+class _Head(torch.autograd.Function):
+    """N x V logits never live at once: they are computed n rows at a time, and again in
+    the backward pass, where the head's gradient adds up in place. At N = 4096 and
+    V = 151,936 this peaks at 1.4 GB, whole logits at 7.5 (tests/bench/bench_grpo.py);
+    torch's own checkpoint holds three copies of that gradient."""
 
     @staticmethod
-    def _log_softmax(h, weight, temperature) -> torch.Tensor:
-        logits = h @ weight.T
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
-        return logits.sub_(logits.logsumexp(1, keepdim=True))
+    def log_softmax(h, weight, bias, temperature) -> torch.Tensor:
+        logits = torch.nn.functional.linear(h, weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.div_(temperature)
+        return logits.sub_(logits.logsumexp(1, keepdim=True))  # (n, V)
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, n):
-        kind = hidden.device.type
-        ctx.products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.n = temperature, n
-        w, h = weight.to(ctx.products), hidden.to(ctx.products)
-        log_p = _ChunkedLogprobs._log_softmax
-        pairs = zip(h.split(n), targets.split(n), strict=True)
-        return torch.cat([log_p(h, w, temperature).gather(1, t[:, None])[:, 0] for h, t in pairs])
+    def forward(ctx, hidden, weight, bias, targets, temperature, n):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.settings, found = (temperature, n), []
+        for h, t in zip(hidden.split(n), targets.split(n), strict=True):
+            log_p = _Head.log_softmax(h, weight, bias, temperature)
+            found.append(log_p.gather(1, t[:, None])[:, 0])
+        return torch.cat(found)
 
     @staticmethod
     def backward(ctx, grad):  # (N,)
-        hidden, weight, targets = ctx.saved_tensors
-        w, grad_hidden, grad_weight = weight.to(ctx.products), [], torch.zeros_like(weight)
-        for h, t, g in zip(hidden.split(ctx.n), targets.split(ctx.n), grad.split(ctx.n), strict=True):
-            h, g = h.to(ctx.products), g[:, None] / ctx.temperature
+        hidden, weight, bias, targets = ctx.saved_tensors
+        temperature, n = ctx.settings
+        to_hidden, to_bias = [], 0
+        to_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        for h, t, g in zip(hidden.split(n), targets.split(n), grad.split(n), strict=True):
             # d log p_target / d logits = (one-hot of the target - p) / temperature
-            d = _ChunkedLogprobs._log_softmax(h, w, ctx.temperature).exp_().mul_(-g)  # (n, V)
-            d.scatter_add_(1, t[:, None], g.to(d.dtype))
-            d = d.to(ctx.products)
-            grad_hidden.append((d @ w).to(hidden.dtype))
-            if ctx.products == weight.dtype:
-                grad_weight.addmm_(d.T, h)
+            d = _Head.log_softmax(h, weight, bias, temperature).exp_()  # (n, V)
+            d.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None]).div_(temperature)
+            if bias is not None:
+                to_bias += d.sum(0)
+            d = d.to(weight.dtype)
+            to_hidden.append(d @ weight)
+            if weight.dtype == grad.dtype:
+                to_weight.addmm_(d.T, h)  # needs no second array of its size
             else:
-                grad_weight += d.T @ h
-        return torch.cat(grad_hidden), grad_weight, None, None, None
+                to_weight += d.T @ h  # float32 sums of bfloat16 products
+        to_bias = None if bias is None else to_bias
+        return torch.cat(to_hidden), to_weight, to_bias, None, None, None
 
 
-# --------------------------------------------------------------------------------------------- loss
+_CHECKED = WeakKeyDictionary()  # models seen before -> whether prompts can be shared
 
 
+def check_logprobs(model, temperature: float = 1.0) -> float:
+    """The largest gap, in nats, between both passes and what the model itself says.
+
+    softmax(head(hidden)) is silently wrong where a model caps or scales its logits
+    after the head (Gemma 2, Granite). ValueError for a gap above 1e-3 (rounding in
+    float32 stays below 1e-4). It draws no random number, and costs 16 tokens or so.
+    """
+    unfit = f"{type(model).__name__} is not supported:"
+    decoder, own = model.get_decoder(), model.get_output_embeddings
+    if getattr(decoder, "get_output_embeddings", own)() is not None:
+        raise ValueError(f"{unfit} its get_decoder() is not its decoder")
+    # One row of tokens, cut into three rollouts: (end of prompt, end of response).
+    V, cuts = model.get_input_embeddings().num_embeddings, [(8, 16), (4, 16), (4, 7)]
+    row = [(7 * i + 3) % V for i in range(16)]
+    rollouts = [SimpleNamespace(group=p, prompt_ids=row[:p], response_ids=row[p:end]) for p, end in cuts]
+    weight, gaps = next(model.parameters()), []
+    awake = [m for m in model.modules() if m.training]
+    model.eval()  # no dropout meanwhile
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            ids = torch.tensor([row], device=weight.device)
+            out = model(input_ids=ids, use_cache=True)
+            logp = (out.logits[0].float() / temperature).log_softmax(1)  # (L, V)
+            logp = logp[:-1].gather(1, ids[0, 1:, None])[:, 0]  # (L - 1,)
+            truth = torch.cat([logp[p - 1 : end - 1] for p, end in cuts])  # (N,)
+            # Only keys and values can be repeated. The state of a convolution or of a
+            # recurrence (Mamba, Qwen3-Next) is not one entry a token.
+            layers = getattr(getattr(out, "past_key_values", None), "layers", [None])
+            plain = [hasattr(x, "keys") and not hasattr(x, "conv_states") for x in layers]
+            _CHECKED[model] = all(plain)
+            for share in (False, True):
+                got = token_logprobs(model, rollouts, temperature, share, False)
+                gaps.append((got - truth).abs().max().item())
+    finally:
+        for module in awake:
+            module.training = True
+    if max(gaps) > max(1e-3, 40 * torch.finfo(weight.dtype).eps):
+        del _CHECKED[model]
+        why = "does it cap or scale logits after its head?"
+        raise ValueError(f"{unfit} log-probs are {max(gaps):.2g} nats off ({why})")
+    return max(gaps)
+
+
+# ------------------------------------------------------------------------------- loss
 def clipped_loss(
-    logp: torch.Tensor,
-    old_logp: torch.Tensor,
-    advantages: torch.Tensor,
-    n_tokens: float,
-    sampler_logp: torch.Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float = 10.0,
-    max_importance: float = 2.0,
-    reference_logp: torch.Tensor | None = None,
-    kl_coef: float = 0.0,
-    token_weight: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The PPO-clip policy loss, summed over these tokens and divided by a *global* token count.
+    logp, old_logp, advantages, n_tokens: float, sampler_logp=None,
+    clip_low=0.2, clip_high=0.28, dual_clip=10.0, max_importance=2.0,
+) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+    """The PPO-clip policy loss, summed over these tokens, over n_tokens.
 
-    logp, old_logp, advantages, sampler_logp, reference_logp, token_weight: (N,), one a token; only
-    logp carries a gradient.
-    n_tokens: the tokens of the whole (mini)batch, also of those rows that are not here because their
-    advantage is zero; so how a batch is cut into microbatches changes nothing.
-
-        ratio  = pi_now / pi_old                                      (PPO)
-        loss_t = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))     (clip-higher: DAPO)
-        loss_t = min(loss_t, -A dual_clip)  where A < 0               (dual clip)
-        loss_t = w_t loss_t,   w = min(pi_old / pi_sampler, max_importance)     (truncated importance)
-        loss_t = loss_t + kl_coef (r - 1 - log r),   r = pi_reference / pi_now  (k3: GRPO; off by default)
-        loss   = sum_t token_weight_t loss_t / n_tokens               (1 unless given: see `update`)
-
-    w corrects for the engine that sampled (vLLM's kernels, bfloat16) being not quite the trainer's
-    policy; it is a weight, so it is detached. Returns the scalar loss and sums over tokens of
-    diagnostics: clipped_low, clipped_high, nats (-log pi_now), kl (to the sampler, k3 again) and, with
-    a reference, kl_reference.
+    The tensors are (N,), and only logp carries a gradient. n_tokens counts the whole
+    minibatch, skipped rollouts too, so that a cut into microbatches changes nothing.
+    Returns the loss, and sums over tokens for the log.
     """
     A = advantages
-    log_ratio = logp - old_logp
-    ratio = log_ratio.exp()
-    surrogate = torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip_low, 1 + clip_high))
-    surrogate = torch.where(A < 0, torch.minimum(surrogate, -A * dual_clip), surrogate)
+    ratio = (logp - old_logp).exp()  # pi_now / pi_old
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-A * ratio, -A * clipped)
+    # Dual clip: min(loss, -A dual_clip) where A < 0.
+    loss = torch.where(A < 0, torch.minimum(loss, -A * dual_clip), loss)
     if sampler_logp is None:
         sampler_logp = old_logp
-    loss = (old_logp - sampler_logp).exp().clamp(max=max_importance).detach() * surrogate  # (N,)
-    if reference_logp is not None:
-        to_reference = _k3(reference_logp - logp)
-        loss = loss + kl_coef * to_reference
-    if token_weight is not None:
-        loss = loss * token_weight
-    loss = loss.sum() / n_tokens
-
+    # The sampler's kernels and precision make it another policy than the trainer's:
+    # min(pi_old / pi_sampler, max_importance), a weight without a gradient.
+    weight = (old_logp - sampler_logp).exp().clamp(max=max_importance).detach()
+    loss = (weight * loss).sum() / n_tokens
     with torch.no_grad():
-        sums = {
+        log_r = logp - sampler_logp
+        return loss, {
             # A clip acts only where it lowers what the step could still gain.
-            "clipped_low": ((A < 0) & (ratio < 1 - clip_low)).sum().item(),
-            "clipped_high": ((A > 0) & (ratio > 1 + clip_high)).sum().item(),
-            "nats": -logp.sum().item(),
-            "kl": _k3(logp - sampler_logp).sum().item(),
+            "clip_low": ((A < 0) & (ratio < 1 - clip_low)).sum().item(),
+            "clip_high": ((A > 0) & (ratio > 1 + clip_high)).sum().item(),
+            "entropy_live": -logp.sum().item(),
+            # k3 = r - 1 - log r estimates KL(sampler, now), r = pi_now / pi_sampler.
+            "kl": (log_r.exp() - 1 - log_r).sum().item(),
         }
-        if reference_logp is not None:
-            sums["kl_reference"] = to_reference.sum().item()
-    return loss, sums
 
 
-def _k3(log_r: torch.Tensor) -> torch.Tensor:
-    """r - 1 - log r: with r = p/q and samples of q, an unbiased estimate of KL(q, p), never negative."""
-    return log_r.exp() - 1 - log_r
-
-
-# ------------------------------------------------------------------------------------------- update
-
-
+# ----------------------------------------------------------------------------- update
 def update(
-    model,
-    optimizer: torch.optim.Optimizer,
-    rollouts: Sequence,
-    advantages: np.ndarray,
-    minibatches: int = 1,
-    temperature: float = 1.0,
-    max_grad_norm: float = 1.0,
-    tokens_per_microbatch: int = 16384,
-    seed: int = 0,
-    normalizer: str | int = "token",
-    reference=None,
-    checkpointing: bool = False,
-    bfloat16: bool | None = None,
-    **loss_settings,
-) -> dict[str, float | None]:
-    """`minibatches` optimizer steps on one batch of rollouts; old log-probs stay fixed meanwhile.
+    model, optimizer, rollouts: Sequence, advantages: np.ndarray, minibatches=1,
+    temperature=1.0, max_grad_norm=1.0, tokens_per_microbatch=16384, seed=0,
+    checkpointing=False, bfloat16=None, **loss_settings,
+) -> dict[str, float | None]:  # fmt: skip
+    """`minibatches` optimizer steps on one batch; pi_old stays fixed meanwhile.
 
-    rollouts: R records with group, prompt_ids, response_ids, logprobs; advantages: (R,).
-    Only rollouts that carry gradient are computed: with A = 0 a token's loss is 0 whatever the model
-    says, so silent groups never run through the model. They still count in the token mean.
-    Groups are dealt whole to minibatches of about equal tokens (a group on a border is cut).
+    rollouts: R records with group, prompt_ids, response_ids, logprobs (the sampler's).
+    advantages (R,): where A = 0 the loss is 0 whatever the model says. Such rollouts
+    are not computed, but their tokens count in the token mean.
+    checkpointing: keep what enters each layer and compute the rest again: less memory,
+    a third more time. loss_settings go to `clipped_loss`.
 
-    normalizer: what the summed loss is divided by, with T_r the tokens of rollout r:
-        "token"       sum_r T_r: every token of the batch weighs the same         DAPO; the paper's
-        "sequence"    R, after dividing rollout r's tokens by T_r                 GRPO as first published
-        an integer L  R L, the same for every batch, say L = the length limit     Dr. GRPO
-    reference: a second model to stay close to, with kl_coef > 0; a KL is nobody's zero advantage, so
-        with it all rollouts are computed.
-    checkpointing: keep only what enters each layer and compute the rest twice: less memory, a third
-        more time. It takes the plain pass. bfloat16: see `token_logprobs`; the weights that
-        the optimizer moves are float32 either way.
-    loss_settings go to `clipped_loss`.
-
-    Returns loss, grad_norm, kl (to the sampler), entropy_live (mean -log pi of the computed tokens),
-    clip_low, clip_high (shares of computed tokens), kl_reference where there is one, skipped_tokens
-    (share not computed), steps_skipped: a step whose loss or gradient is not finite is not taken.
-    FloatingPointError on the third such in a row, also across calls: `optimizer` carries the count.
-    All but the last two are None when no step was taken, as when every group was silent.
+    Returns steps_skipped (a step whose loss or gradient is not finite is not taken),
+    skipped_tokens (the share not computed) and, None where no step was taken, loss,
+    grad_norm, kl (to the sampler), entropy_live (-log pi), clip_low, clip_high.
     """
     advantages = np.asarray(advantages, dtype=np.float64)
     if advantages.shape != (len(rollouts),):
-        raise ValueError(f"advantages {advantages.shape} must be ({len(rollouts)},), one a rollout")
-    if (reference is None) != (loss_settings.get("kl_coef", 0.0) == 0.0):
-        raise ValueError("a reference model and kl_coef > 0 go together: give both or neither")
+        raise ValueError(f"advantages {advantages.shape} must be ({len(rollouts)},)")
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
         # 1 + 1e-6 is 1 in bfloat16: small steps would be lost.
-        raise ValueError("load the model in float32: only the matrix products run in bfloat16")
-    start = time.perf_counter()
-    lengths = np.array([len(r.response_ids) for r in rollouts])
-    live = np.flatnonzero(advantages) if reference is None else np.arange(len(rollouts))
-    total, computed = int(lengths.sum()), int(lengths[live].sum())
-    stats = dict.fromkeys(("loss", "grad_norm", "kl", "entropy_live", "clip_low", "clip_high"))
-    stats |= {"skipped_tokens": 1 - computed / max(1, total), "steps_skipped": 0}
-    if len(live) == 0:
-        return stats
-
-    # Shuffle the groups, lay their rollouts end to end, cut where each share of the tokens is reached.
-    groups = np.array([rollouts[i].group for i in live])
-    labels, g = np.unique(groups, return_inverse=True)
-    order = live[np.argsort(np.random.default_rng(seed).permutation(len(labels))[g], kind="stable")]
-    minibatches = min(minibatches, len(live))
-    share = (np.cumsum(lengths[order]) - lengths[order] / 2) / computed  # middle of each, in (0, 1)
-    batches = [order[(share * minibatches).astype(int) == k] for k in range(minibatches)]
-    batches = [b for b in batches if len(b)]
-
+        raise ValueError("load the model in float32: only matrix products run in bfloat16")
     device = next(model.parameters()).device
-    share_prompts = not checkpointing and sharing_wins(rollouts, live)
+    T = np.array([len(r.response_ids) for r in rollouts])  # (R,)
+    live = np.flatnonzero(advantages)
+    if model not in _CHECKED:
+        check_logprobs(model, temperature)
+    share = _CHECKED[model] and not checkpointing and sharing_wins(rollouts, live)
 
-    def cut(batch) -> Iterator[list[int]]:
-        return microbatches(rollouts, batch, tokens_per_microbatch, share_prompts)
+    def logprobs(rows):  # (N,)
+        batch = [rollouts[i] for i in rows]
+        return token_logprobs(model, batch, temperature, share, bfloat16)
 
-    def logprobs(of, rows) -> torch.Tensor:  # (N,)
-        return token_logprobs(of, [rollouts[i] for i in rows], temperature, share_prompts, bfloat16)
+    def flat(values):  # (N,)
+        return torch.tensor(np.concatenate(values), dtype=torch.float32, device=device)
 
-    def per_token(values, rows) -> torch.Tensor:  # one value a rollout -> (N,)
-        return torch.tensor(np.repeat(values[rows], lengths[rows]), dtype=torch.float32, device=device)
+    # 1. Shuffle the groups, lay their rollouts end to end, cut where each minibatch has
+    # its share of the tokens. A step is a list of microbatches (lists of rollouts).
+    labels, g = np.unique([rollouts[i].group for i in live], return_inverse=True)
+    place = np.random.default_rng(seed).permutation(len(labels))[g]
+    order = live[np.argsort(place, kind="stable")]
+    middle = (np.cumsum(T[order]) - T[order] / 2) / T[order].sum()  # in (0, 1)
+    which = (middle * min(minibatches, len(live))).astype(int)
+    dealt = [order[which == k] for k in np.unique(which)]
+    steps = [list(microbatches(rollouts, x, tokens_per_microbatch, share)) for x in dealt]
 
-    def sampled(rows) -> torch.Tensor:
-        flat = np.concatenate([rollouts[i].logprobs for i in rows])
-        return torch.tensor(flat, dtype=torch.float32, device=device)
-
-    n_tokens, weight = total, None  # global: silent rows and other microbatches count
-    if normalizer == "sequence":
-        weight = total / len(rollouts) / np.maximum(lengths, 1)  # (R,): mean length / own length
-    elif normalizer != "token":
-        n_tokens = len(rollouts) * int(normalizer)
-
-    # pi_old is the policy before the first step: for the first minibatch that is the policy itself.
-    old: dict[tuple, torch.Tensor] = {}
+    # 2. pi_old is the policy before the first step. There it is the policy itself
+    # (None); the other steps need its log-probs.
     with torch.no_grad():
-        for batch in batches[1:]:
-            for rows in cut(batch):
-                old[tuple(rows)] = logprobs(model, rows)
+        old = [[logprobs(rows) if k else None for rows in x] for k, x in enumerate(steps)]
 
-    sums: dict[str, float] = defaultdict(float)  # over the tokens of the steps that were taken
-    norms, stepped = [], 0
-    first = optimizer.param_groups[0]  # what stands here is saved with the optimizer
-    for batch in batches:
+    # 3. The steps. Gradients of a step's microbatches add up.
+    taken, norms = [], []
+    for step, old_logps in zip(steps, old, strict=True):
         optimizer.zero_grad(set_to_none=True)
-        before = sums.copy()
-        norm = 0.0
-        for rows in cut(batch):
+        log = []
+        for rows, old_logp in zip(step, old_logps, strict=True):
             with _layers_recomputed(model, checkpointing):
-                logp = logprobs(model, rows)  # (N,)
-            kl = {}
-            if reference is not None:
-                with torch.no_grad():
-                    kl["reference_logp"] = logprobs(reference, rows)
-            loss, diagnostics = clipped_loss(
+                logp = logprobs(rows)
+            loss, sums = clipped_loss(
                 logp,
-                old.get(tuple(rows), logp.detach()),
-                per_token(advantages, rows),
-                n_tokens=n_tokens / len(batches),
-                sampler_logp=sampled(rows),
-                token_weight=None if weight is None else per_token(weight, rows),
-                **kl,
+                logp.detach() if old_logp is None else old_logp,
+                flat([np.full(T[i], advantages[i]) for i in rows]),
+                int(T.sum()) / len(steps),
+                flat([rollouts[i].logprobs for i in rows]),
                 **loss_settings,
             )
-            if not math.isfinite(loss.item()):
-                norm = math.nan
-                break
             loss.backward()
-            sums["loss"] += loss.item() / len(batches)
-            for name, value in diagnostics.items():
-                sums[name] += value
-        norm += torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-        if math.isfinite(norm):
+            log.append(sums | {"loss": loss.item(), "tokens": len(logp)})
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+        if math.isfinite(norm + sum(row["loss"] for row in log)):
             optimizer.step()
+            taken += log
             norms.append(norm)
-            stepped += int(lengths[batch].sum())
-            first["skipped_in_a_row"] = 0
-            continue
-        sums = before
-        stats["steps_skipped"] += 1
-        first["skipped_in_a_row"] = first.get("skipped_in_a_row", 0) + 1
-        if first["skipped_in_a_row"] == 3:
-            optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError(
-                "the loss or its gradient was not finite three steps in a row: lower the learning rate, "
-                "and check the model's weights for NaN"
-            )
     optimizer.zero_grad(set_to_none=True)
-    if not norms:
-        return stats
-    if device.type == "cuda":
-        torch.cuda.synchronize()  # the last step is still on its way
-    stats |= {
-        "loss": sums["loss"] * len(batches) / len(norms),
-        "grad_norm": float(np.mean(norms)),
-        "kl": sums["kl"] / stepped,
-        "entropy_live": sums["nats"] / stepped,
-        "clip_low": sums["clipped_low"] / stepped,
-        "clip_high": sums["clipped_high"] / stepped,
-        "time_tokens_per_second": computed / (time.perf_counter() - start),
-    }
-    if reference is not None:
-        stats["kl_reference"] = sums["kl_reference"] / stepped
+
+    # 4. Means over the tokens of the steps that were taken.
+    names = "loss", "grad_norm", "kl", "entropy_live", "clip_low", "clip_high"
+    skipped = 1 - int(T[live].sum()) / max(1, int(T.sum()))
+    stats = dict.fromkeys(names) | {"skipped_tokens": skipped}
+    stats["steps_skipped"] = len(steps) - len(norms)
+    if norms:
+        total = {name: sum(row[name] for row in taken) for name in taken[0]}
+        tokens, loss = total.pop("tokens"), total.pop("loss")
+        stats |= {name: value / tokens for name, value in total.items()}
+        stats |= {"loss": loss / len(norms), "grad_norm": float(np.mean(norms))}
     return stats
 
 
 @contextmanager
 def _layers_recomputed(model, on: bool):
-    """transformers' activation checkpointing, switched on for one forward pass. It asks for training
-    mode; only the layers themselves get it, so that no dropout inside them wakes up."""
-    if not on:
-        yield
-        return
-    was = {module: module.training for module in model.modules()}
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    """Activation checkpointing for one forward pass. transformers' own switch works in
+    training mode only, which wakes dropout; so each layer's `forward` is wrapped here."""
+    # What only transformers' GradientCheckpointingLayer has.
+    mark = "_can_checkpoint_with_cache"
+    layers = [m for m in model.modules() if on and hasattr(m, mark)]
+    if on and not layers:
+        raise ValueError(f"{type(model).__name__} does not support checkpointing")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
-        for module in was:
-            module.training = getattr(module, "gradient_checkpointing", False)
         yield
     finally:
-        model.gradient_checkpointing_disable()
-        for module, training in was.items():
-            module.training = training
+        for layer in layers:
+            del layer.forward
 
 
-def sharing_wins(rollouts: Sequence, rows: np.ndarray) -> bool:
-    """Whether `_shared_pass` saves more tokens than its two passes and its attention mask cost."""
-    prompt_of = {rollouts[i].group: len(rollouts[i].prompt_ids) for i in rows}
-    repeated = sum(len(rollouts[i].prompt_ids) for i in rows)
-    plain = repeated + sum(len(rollouts[i].response_ids) for i in rows)
-    return repeated - sum(prompt_of.values()) > 0.1 * plain
+def sharing_wins(rollouts, rows: np.ndarray) -> bool:
+    """Whether sharing prompts saves more tokens than a second pass and a mask cost."""
+    T = sum(len(rollouts[i].response_ids) for i in rows)
+    P = sum(len(rollouts[i].prompt_ids) for i in rows)
+    once = {rollouts[i].group: len(rollouts[i].prompt_ids) for i in rows}
+    return P - sum(once.values()) > 0.1 * (P + T)
 
 
-def microbatches(
-    rollouts: Sequence, rows: np.ndarray, tokens: int, share_prompts: bool = True
-) -> Iterator[list[int]]:
-    """Cut `rows` (indices into rollouts) into lists of about `tokens` tokens, little of it padding.
-
-    Plain: rows of like length; at most rows x the longest. Shared: groups stay together, those with
-    prompts of like length side by side; distinct prompts x the longest of them + response tokens (the
-    pass slices these itself).
-    """
+def microbatches(rollouts, rows, tokens: int, share_prompts=True) -> Iterator[list[int]]:
+    """Cut rows (indices) into lists of about `tokens` tokens, little of it padding."""
     P = {int(i): len(rollouts[i].prompt_ids) for i in rows}
     T = {int(i): len(rollouts[i].response_ids) for i in rows}
     if not share_prompts:
+        # Rows of like length side by side: rows x the longest.
         for part in _slices([P[i] + T[i] for i in P]):
             part = [int(rows[k]) for k in part]
             size = max(1, tokens // (P[part[0]] + T[part[0]]))
             yield from (part[k : k + size] for k in range(0, len(part), size))
         return
-    batch: list[int] = []
-    groups: set[int] = set()
-    responses = 0
+    # Prompts of like length side by side, groups together: distinct prompts x the
+    # longest + responses, whose padding `_shared_pass` keeps small.
+    batch, groups, responses = [], set(), 0
     for i in sorted(P, key=lambda i: (P[i], rollouts[i].group, T[i], i)):
-        if batch and len(groups | {rollouts[i].group}) * P[i] + responses + T[i] > tokens:
+        prompts = len(groups | {rollouts[i].group}) * P[i]
+        if batch and prompts + responses + T[i] > tokens:
             yield batch
             batch, groups, responses = [], set(), 0
         batch.append(i)

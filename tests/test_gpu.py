@@ -86,7 +86,7 @@ def test_log_probs_and_gradient(model, rollouts, device, bfloat16, shared, chunk
     chunked head forgets; float32 products that are not."""
     want = logprobs_and_gradient(copy.deepcopy(model).double(), rollouts, share_prompts=shared)
     if chunked:
-        monkeypatch.setattr(grpo, "_logprobs_of", partial(grpo._logprobs_of, chunk_elements=50 * V))
+        monkeypatch.setattr(grpo, "_head", partial(grpo._head, chunk=50 * V))
     here = copy.deepcopy(model).to(device)
     got = logprobs_and_gradient(here, rollouts, share_prompts=shared, bfloat16=bfloat16)
     error = (got[0] - want[0]).abs()

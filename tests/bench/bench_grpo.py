@@ -241,7 +241,7 @@ def head_memory(way: str, tokens: int = 4096, hidden: int = 1536, V: int = 151_9
     targets = torch.randint(V, (tokens,))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if way == "chunks":
-        logp = grpo._logprobs_of(head, h, targets, 1.0)
+        logp = grpo._head(head, h, targets, 1.0)
     else:
         logp = head(h).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     logp.sum().backward()
