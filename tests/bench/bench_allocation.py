@@ -47,9 +47,15 @@ def load(path, width=3.0, pseudo=0.25):
 
 
 def with_bonus(solved, unsolved):
+    """P(mixed) x (InfoGain + bonus)."""
+
     def rule(tracker, ids, p, budget):
-        bonus = np.where(tracker.solved(ids), solved, unsolved)
-        return knapsack.allocate(tracker.posterior(ids), budget, bonus=bonus)
+        bonus = np.where(tracker.solved(ids), solved, unsolved)[:, None]  # (M, 1)
+
+        def value(n, p):
+            return knapsack.prob_nonzero_gradient(n, p) * (knapsack.info_gain(p) + bonus)
+
+        return knapsack.allocate(tracker.posterior(ids), budget, value=value)
 
     return rule
 
@@ -74,8 +80,10 @@ def with_floor(floor):
 
 def with_weight(weight):
     def rule(tracker, ids, p, budget):
-        weights = np.where(tracker.solved(ids), 1.0, weight)
-        return knapsack.allocate(tracker.posterior(ids), budget, weights=weights)
+        weights = np.where(tracker.solved(ids), 1.0, weight)[:, None]  # (M, 1)
+        return knapsack.allocate(
+            tracker.posterior(ids), budget, value=lambda n, p: weights * knapsack.value(n, p)
+        )
 
     return rule
 
