@@ -88,7 +88,7 @@ def load_tasks(name_or_path: str | Path) -> list[Task]:
     name = str(name_or_path)
     if name == "arithmetic":
         return _arithmetic()
-    kinds = [suffix.lower() for suffix in Path(name).suffixes]
+    kinds = [suffix.lower() for suffix in Path(name).suffixes]  # .jsonl, .gz
     unit = "line" if ".jsonl" in kinds else "row"
     stem = Path(re.sub(r"(?i)\.gz$", "", name)).stem
     tasks = {}  # the prompt's text, its spacing evened out -> Task
@@ -98,6 +98,7 @@ def load_tasks(name_or_path: str | Path) -> list[Task]:
         where = f"{name}, {unit} {number}"
         task = _task(row, f"{stem}-{number}", where, notes)
         if seen.setdefault(task.id, number) != number:
+            # The tracker knows a prompt by its id.
             raise ValueError(f"{where}: the id {task.id!r} is also in {unit} {seen[task.id]}")
         key = " ".join(task.prompt.split())
         first = tasks.setdefault(key, task) if task.answer else None
@@ -118,9 +119,10 @@ def load_tasks(name_or_path: str | Path) -> list[Task]:
 
 def _arithmetic(n_tasks: int = 1280) -> list[Task]:
     """Distinct chain sums "3+5+2=" of 2 to 10 digits from 1 to 9, the same every time."""
-    rng = random.Random(0)
+    rng = random.Random(0)  # recorded runs depend on these problems
     answers = {}
     while len(answers) < n_tasks:
+        # The longer the sum, the harder it is.
         digits = [rng.randint(1, 9) for _ in range(rng.randint(2, 10))]
         answers["+".join(map(str, digits)) + "="] = str(sum(digits))
     return [Task(f"arithmetic-{i:04d}", *pair) for i, pair in enumerate(answers.items())]
@@ -150,6 +152,7 @@ def _rows(name: str, kinds: list[str]):
             import pyarrow.parquet
 
             return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+        # newline="": csv wants line breaks inside quotes as they are.
         opened = gzip.open if kinds[-1:] == [".gz"] else open
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             text = file.read()
@@ -158,6 +161,7 @@ def _rows(name: str, kinds: list[str]):
     except Exception as error:  # disk, network, Arrow and gzip have kinds of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise ValueError(f"{name}: cannot be read as {kind}: {reason}") from error
+    # Such an array is one text with all the rows.
     array = ".json" in kinds and text.lstrip().startswith("[")
     rows = []
     # str.splitlines would cut JSON at U+2028 as well.
@@ -229,6 +233,7 @@ def split_held_out(tasks: list[Task], n_held_out: int, seed: int = 0):
         raise ValueError(f"cannot hold out {n_held_out} of {len(tasks)} tasks: hold out fewer")
     texts = [unicodedata.normalize("NFKC", task.prompt).casefold() for task in tasks]
     texts = ["".join(filter(str.isalnum, text)) for text in texts]
+    # Hashes, not positions, so that neither order nor ids decide.
     sizes, held, room = Counter(texts), set(), n_held_out
     for text in sorted(sizes, key=lambda t: hashlib.sha256(f"{seed}:{t}".encode()).digest()):
         if sizes[text] <= room:
@@ -273,7 +278,7 @@ def last_boxed(text: str) -> str | None:
     r"""What stands in the last complete \boxed{...}, or None: one pass, whatever the nesting."""
     last, opened = (-1, -1), []  # opened: where a box's content starts; -1 for a plain brace
     for token in BRACES.finditer(text):
-        start, end = -1, token.start()
+        start, end = -1, token.start()  # of what is in the box that ends here, if any
         if token[0].endswith("{") and token[0] != r"\{":
             opened.append(token.end() if len(token[0]) > 1 else -1)
         elif token[0] == "}" and opened:
@@ -288,7 +293,7 @@ ONE_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 # What is said to be the answer, up to the end of the sentence or to its reasons.
 SAID = re.compile(
     r"(?ims)(?:####|^A:|\b(?:answer|choice|option)[\s*]*(?:is\b|:))[\s:*]*"
-    r"(.*?)[\s*]*(?:[.!?](?=[\s*]|$)|\b(?:not|because|since)\b|$)"
+    r"(.*?)[\s*]*(?:(?<!\\)[.!?](?=[\s*]|$)|\b(?:not|because|since)\b|$)"
 )
 WORD = re.compile(r"(?<![\\\w])(?!(?:and|or|sqrt)\b)[^\W\d_]{2,}")
 
@@ -300,14 +305,14 @@ def _extract(completion: str, boxed: bool) -> tuple[str, bool]:
         return _tidy((box or "")[: 2 * MAX_ANSWER]), True
     text = completion[-MAX_TAIL:].strip()
     if text and all(map(ONE_NUMBER.fullmatch, text.split())):
-        return text.split()[-1], True
+        return text.split()[-1], True  # "8 10": running totals, then the sum
     said = SAID.findall(text)
-    text = said[-1] if said else text
-    words = WORD.search(re.sub(r"\\text\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text))
+    text = said[-1] if said else text  # the last time that it is said counts
+    words = WORD.search(re.sub(r"\\(?:text|mbox|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text))
     # math-verify would choose one of "either 3 or perhaps 4"; read as one answer, it is neither.
     if not words or (said and re.search(r"\bor\b", text)):
         return _tidy(text), True
-    return text, False
+    return text, False  # a sentence: math-verify picks the number out
 
 
 # What math-verify cannot read, or misreads, is first written as it does read it.
@@ -317,33 +322,29 @@ CHARACTERS = str.maketrans(
 )
 TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it)|mbox)\s*\{"
 REWRITES = [
-    # 5 million -> 5\times 10^{6}; 1.85e5, 1.85 x 10^5 -> 1.85\times 10^{5}
-    *((rf"\s*(?:\\text\{{)?\s*{word}\b\}}?", rf"\\times 10^{zeros}")
+    *((rf"\s*(?:\\text\{{)?\s*{word}\b\}}?", rf"\\times 10^{zeros}")  # 5 million
       for word, zeros in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))),
-    (r"(?<=[0-9])(?:[eE](?=[-+0-9])|\s*[x*]\s*10\s*(?:\^|\*\*)\s*)", r"\\times 10^"),
-    (r"10\^[({]?([-+]?[0-9]+)[)}]?", r"10^{\1}"),
-    # 11,\! 111 -> 11111, but 3{,}5 -> 3.5; 1 1/2 -> 1\frac{1}{2}; 8 2 -> 8, 2; 5. -> 5
-    (r"(?<![0-9]{4})(?<=[0-9])(?:\{,\}|,?\s*\\[,! ] ?|[ ~])(?=[0-9]{3}(?![0-9]))", ""),
-    (r"(?<=[0-9])\{,\}(?=[0-9])", "."),
-    (r"(?<![\w.,^/])([0-9]+)\s+([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}"),
-    (r"\\frac\s*([0-9]|\\pi)\s*([0-9])", r"\\frac{\1}{\2}"),
-    (r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])", ", "),
-    (r"(?<=[0-9])\.(?![0-9])", ""),
-    (r"(?<![A-Za-z\\])pi\b", r"\\pi"),
-    (r"\\?\bsqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)", r"\\sqrt{\1\2}"),
-    # sizes, spaces and signs that do not change what an answer is
-    (r"(?<!\\)\\!|\\(?:left|right|displaystyle)(?![A-Za-z])|^\\approx", ""),
-    (r"\\degree(?![A-Za-z])", r"^\\circ"),
-    (r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])", r"\1"),
-    # 3\text{ m}, 4 -> 3, 4; 3\text{ and }4 -> 3 and 4; \text{no} -> no; \mathrm{e} -> e
-    (rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}", r" \1 \\text{\2}"),
-    (rf"(?<=[0-9])\s*{TEXT}[^{{}}]*\}}(?=\s*(?:,|and\b|or\b))", ""),
-    (rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-zA-Z])\}}", r"\1\2"),
-    (r"(?<=[0-9}])\s+([A-Za-z]{2,}(?: [A-Za-z]+)*)$", r"\\text{ \1}"),
-    # A column is a tuple; {x | x < 3} is x < 3; 60^\circ in \sin is 60\pi/180.
+    (r"(?<=[0-9])(?:[eE](?=[-+0-9])|\s*[x*]\s*10\s*(?:\^|\*\*)\s*)", r"\\times 10^"),  # 1.85e5
+    (r"10\^[({]?([-+]?[0-9]+)[)}]?", r"10^{\1}"),  # 10^-5
+    (r"(?<![0-9]{4})(?<=[0-9])(?:\{,\}|,?\s*\\[,! ] ?|[ ~])(?=[0-9]{3}(?![0-9]))", ""),  # 11,\! 111
+    (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # 3{,}5 is 3.5
+    (r"(?<![\w.,^/])([0-9]+)\s+([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    (r"\\frac\s*([0-9]|\\pi)\s*([0-9])", r"\\frac{\1}{\2}"),  # \frac \pi4
+    (r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])", ", "),  # 8 2 are two numbers
+    (r"(?<=[0-9])\.(?![0-9])", ""),  # 5.
+    (r"(?<![A-Za-z\\])pi\b", r"\\pi"),  # 19pi
+    (r"\\?\bsqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)", r"\\sqrt{\1\2}"),  # sqrt(2)
+    (r"(?<!\\)\\!|\\(?:left|right|displaystyle)(?![A-Za-z])|^\\approx", ""),  # no meaning
+    (r"\\degree(?![A-Za-z])", r"^\\circ"),  # 90\degree
+    (r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])", r"\1"),  # $18
+    (rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}", r" \1 \\text{\2}"),  # 3\text{ and }4
+    (rf"(?<=[0-9])\s*{TEXT}[^{{}}]*\}}(?=\s*(?:,|and\b|or\b))", ""),  # 3\text{ m}, 4\text{ m}
+    (rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-zA-Z])\}}", r"\1\2"),  # \text{no}, \mathrm{e}
+    (r"(?<=[0-9}])\s+([A-Za-z]{2,}(?: [A-Za-z]+)*)$", r"\\text{ \1}"),  # 18 dollars
+    # a column is a tuple
     (r"^\\begin\{[pb]matrix\}([^&]*)\\end.*$", lambda m: f"({m[1]})".replace(r"\\", ",")),
-    (r"^\\\{\s*[a-z]\s*(?:\||:|\\mid)(.*)\\\}$", r"\1"),
-    (r"(\\(?:sin|cos|tan)\s*)[({]?([0-9.]+)\s*\^\{?\\circ\}?[)}]?", r"\1(\2\\pi/180)"),
+    (r"^\\\{\s*[a-z]\s*(?:\||:|\\mid)(.*)\\\}$", r"\1"),  # {x | x < 3} is x < 3
+    (r"(\\(?:sin|cos|tan)\s*)[({]?([0-9.]+)\s*\^\{?\\circ\}?[)}]?", r"\1(\2\\pi/180)"),  # \sin 60^\circ
 ]  # fmt: skip
 REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
 
@@ -352,13 +353,14 @@ def _tidy(text: str) -> str:
     """An answer as math-verify should see it."""
     if ONE_NUMBER.fullmatch(text):
         return text  # what most answers are
-    text = (SAID.findall(text) or [text])[-1]
+    text = (SAID.findall(text) or [text])[-1]  # "Answer is 3" in a box
     text = (last_boxed(text) or text).strip("* \n")
+    # Dollars and brackets around a formula, not the $ of $18.
     text = re.sub(r"\$\$|\\[\[\]()]|^\$([^$]*)\$$", r"\1", text)
     text = unicodedata.normalize("NFKC", text.translate(CHARACTERS))  # full-width digits
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    return text.strip().rstrip(".,;:? ")
+    return text.strip().rstrip(".,;:? ")  # punctuation of the sentence around it
 
 
 NUMBER = re.compile(
@@ -380,11 +382,11 @@ def _decide(given: str, alone: bool, gold: str) -> bool | None:
     if a == b:
         return True
     if not given or (alone and len(given) > MAX_ANSWER):
-        return False
-    # A choice must be the only one named: "(B), not (C)" is one of B's, "B or C" is none.
+        return False  # nothing, or too much to be an answer
+    # A choice must be the only one named: "B or C" is neither.
     if letter := re.fullmatch(r"(?:\\[a-z]+)?\W*([A-J])\W*", gold):
         named = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z^_])", given)
-        return set(named) == {letter[1]} or given == letter[1].lower()
+        return alone and (set(named) == {letter[1]} or given == letter[1].lower())
     if re.fullmatch(r"[A-Za-z']{3,}", a) and re.fullmatch(r"[A-Za-z']{3,}", b):
         return a.casefold() == b.casefold()  # math-verify multiplies letters
     # It ignores the base of 43_5, and whether a pair is a set, a tuple or an interval.
@@ -398,6 +400,7 @@ def _decide(given: str, alone: bool, gold: str) -> bool | None:
     if x is not None and x == y:
         return True
     y = _number(gold)
+    # Close ones are left to math-verify's six decimal places.
     if x is None or y is None or (x != y and abs(x - y) < 1e-5):
         return None
     return x == y
@@ -411,6 +414,7 @@ def _judge(given: str, alone: bool, gold: str) -> bool:
     if "=" not in given and re.fullmatch(r"([a-z] ?= ?[^=,]+, ?)+[a-z] ?= ?[^=,]+", gold):
         gold = f"({re.sub('[a-z] ?=', '', gold)})"
     golds, found = _parse(gold, True), _parse(given, alone)
+    # It finds no number in "答案是48。" or "we get (5)": the last one counts.
     if not found and not alone and (last := ONE_NUMBER.findall(given)):
         found = _parse(last[-1], True)
     settings = {"timeout_seconds": None, "raise_on_error": True, "allow_set_relation_comp": True}
@@ -443,13 +447,14 @@ def _parse(text: str, alone: bool) -> list:
 # --------------------------------------------------------------------------------------- judges
 
 MEMORY = 1 << 30  # bytes of address space of one worker process
+GRACE = 0.5  # seconds after which a worker that ignores its alarm is killed
 START = 120  # seconds in which a new worker must be ready (it takes about one)
 
 
 class Verifier(AbstractContextManager):
     """Scores batches of completions; math-verify, which can hang, runs in worker processes.
 
-    timeout: seconds for one completion; then its process is killed. boxed: as in `score`.
+    timeout: whole seconds for one completion. boxed: as in `score`.
     timeouts, failures: how many got 0.0 so far because time ran out, or because math-verify
     raised or met its memory limit. no_verdict: where in the latest batch they stand.
 
@@ -457,10 +462,10 @@ class Verifier(AbstractContextManager):
     threads. close(), a with statement or the end of this process ends them. Not on Windows.
     """
 
-    def __init__(self, workers: int = 2, timeout: float = 5, boxed: bool = False):
-        if workers < 1 or timeout <= 0:
-            raise ValueError(f"need workers and timeout above 0, got {workers} and {timeout}")
-        self.timeout, self.boxed = timeout, boxed
+    def __init__(self, workers: int = 2, timeout: int = 5, boxed: bool = False):
+        if workers < 1 or timeout < 1 or timeout != int(timeout):
+            raise ValueError(f"need workers >= 1 and whole seconds >= 1, not {workers}, {timeout}")
+        self.timeout, self.boxed = int(timeout), boxed
         self.timeouts = self.failures = 0
         self.no_verdict = set()
         self._workers = [_Worker() for _ in range(workers)]
@@ -489,7 +494,8 @@ class Verifier(AbstractContextManager):
         jobs = [(*_extract(text, self.boxed), golds[answer]) for text, answer in pairs]
         with self._lock:
             if len(self._replies) > 50_000:
-                self._replies.clear()
+                self._replies.clear()  # it must not grow for ever
+            # First what is decided on the spot, then, in worker processes, the rest.
             for job in set(jobs) - self._replies.keys():
                 self._replies[job] = _decide(*job)
             self._ask([job for job in dict.fromkeys(jobs) if self._replies[job] is None])
@@ -523,13 +529,13 @@ class _Worker:
 
     process: subprocess.Popen | None = None
 
-    def judge(self, job: tuple, timeout: float) -> bool | str:
+    def judge(self, job: tuple, timeout: int) -> bool | str:
         """True, False, "timeout" or "failure"."""
         if self.process is None:
             self.start()
         try:
             self.pipe.send((timeout, job))
-            if self.pipe.poll(timeout):
+            if self.pipe.poll(timeout + GRACE):
                 return self.pipe.recv()
             reply = "timeout"
         except (EOFError, OSError):  # it died
@@ -538,14 +544,14 @@ class _Worker:
         return reply
 
     def start(self) -> None:
-        self.pipe, theirs = Pipe()
+        self.pipe, theirs = Pipe()  # closes, and so ends the worker, when this process dies
         end = theirs.fileno()
         command = [sys.executable, "-P", __file__, str(end)]
         # In a session of its own, because Ctrl-C is for this process to handle.
         popen = functools.partial(subprocess.Popen, stdin=subprocess.DEVNULL)
         self.process = popen(command, pass_fds=[end], start_new_session=True)
         theirs.close()
-        with suppress(EOFError):
+        with suppress(EOFError):  # it ended before it was ready
             if self.pipe.poll(START) and self.pipe.recv() == "ready":
                 return
         self.kill()
@@ -562,6 +568,14 @@ class _Worker:
 _shared = [Verifier(workers=1, boxed=boxed) for boxed in (False, True)]  # for score()
 
 
+class _TimeUp(BaseException):
+    """Not an Exception, because sympy catches those."""
+
+
+def _time_up(*_: object) -> None:
+    raise _TimeUp
+
+
 def _serve(pipe: Connection) -> None:
     """A worker's life: a reply to each job, until the pipe closes."""
     import resource
@@ -571,18 +585,23 @@ def _serve(pipe: Connection) -> None:
     logging.disable(logging.WARNING)  # it warns that its own time limits are off
     if sys.platform == "linux":  # macOS has the call, but not the limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.signal(signal.SIGALRM, _time_up)
     pipe.send("ready")
     with suppress(EOFError):
         while True:
             timeout, job = pipe.recv()
-            signal.alarm(int(timeout) + 9)  # ends this process if its parent has died
             try:
-                reply = _judge(*job)
+                signal.alarm(timeout)
+                try:
+                    reply = _judge(*job)
+                finally:
+                    signal.alarm(0)
+            except _TimeUp:
+                reply = "timeout"
             except MemoryError:
                 return  # and be replaced: what is left of this process is of no use
-            except Exception:  # sympy has many kinds; they are counted as failures
+            except Exception:  # sympy's are of many kinds; they are counted
                 reply = "failure"
-            signal.alarm(0)
             pipe.send(reply)
 
 
@@ -595,6 +614,7 @@ def load_reward(spec: str):
     path = Path(file).expanduser()
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"reward {spec!r}: no Python file {file!r}: write FILE.py:FUNCTION")
+    # By its path, so that a reward.py of the user's does not become this one.
     found = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     module = importlib.util.module_from_spec(found)
     sys.modules[module.__name__] = module  # dataclasses look there
@@ -615,6 +635,7 @@ def grade(reward, tasks: list[Task], texts: list[str]):
     if not isinstance(given, (list, tuple)) or len(given) != len(texts):
         count = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
         raise ValueError(f"{name} returned {count} for {len(texts)} texts: return a number for each")
+    # Not float(x): a text like "1" is a mistake, not a reward.
     given = [x.item() if hasattr(x, "item") else x for x in given]
     for i, (task, x) in enumerate(zip(tasks, given, strict=True)):
         if type(x) not in (bool, int, float) or not 0 <= x <= 1:
