@@ -124,6 +124,9 @@ def encode_prompts(tokenizer, texts: list[str], chat=False, template_kwargs=None
     if template_kwargs and not chat:
         raise ValueError("--chat-template-kwargs needs --chat")
     settings = {"add_generation_prompt": True, **(template_kwargs or {}), "tokenize": False}
+    # Some tokenizers append the end of sequence, after which nothing is left to say.
+    with_end, bare = (tokenizer("1", add_special_tokens=s)["input_ids"] for s in (True, False))
+    appended = with_end[-1:] == [tokenizer.eos_token_id] != bare[-1:]
     prompts = []
     for text in texts:
         if chat:
@@ -133,13 +136,9 @@ def encode_prompts(tokenizer, texts: list[str], chat=False, template_kwargs=None
             # What templates raise, and what their expressions do with odd arguments.
             except (TemplateError, TypeError, ValueError, LookupError) as error:
                 raise ValueError(f"--chat: the template fails: {error!r:.200}") from error
-        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
         # A template writes its special tokens itself; a plain text gets the tokenizer's.
-        ids = bare if chat else tokenizer(text)["input_ids"]
-        # Some tokenizers append the end of sequence, after which nothing is left to say.
-        if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
-            ids = ids[:-1]
-        prompts.append(ids)
+        ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        prompts.append(ids[:-1] if appended and not chat else ids)
     return prompts
 
 
