@@ -295,6 +295,9 @@ SAID = re.compile(
     r"(?ims)(?:####|^A:|\b(?:answer|choice|option)[\s*]*(?:is\b|:))[\s:*]*"
     r"(.*?)[\s*]*(?:(?<!\\)[.!?](?=[\s*]|$)|\b(?:not|because|since)\b|$)"
 )
+SHORTHAND = re.compile(  # 5 million, 1.6e-19, 1 1/2
+    r"\$?[0-9][0-9.,]*(?:\s*(?:thousand|[mbtr]+illion)\b|[eE][-+]?[0-9]+|\s[0-9]+/[0-9]+)"
+)
 WORD = re.compile(r"(?<![\\\w])(?!(?:and|or|sqrt)\b)[^\W\d_]{2,}")
 
 
@@ -312,7 +315,8 @@ def _extract(completion: str, boxed: bool) -> tuple[str, bool]:
     # math-verify would choose one of "either 3 or perhaps 4"; read as one answer, it is neither.
     if not words or (said and re.search(r"\bor\b", text)):
         return _tidy(text), True
-    return text, False  # a sentence: math-verify picks the number out
+    # A sentence: math-verify picks the number out, but would take the 5 of "5 million".
+    return SHORTHAND.sub(lambda m: f" ${_tidy(m[0])}$ ", text), False
 
 
 # What math-verify cannot read, or misreads, is first written as it does read it.

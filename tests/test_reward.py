@@ -299,6 +299,9 @@ RIGHT_TEXTS = [
     ("C", "Answer: C"),
     ("C", "the correct option is **C**"),
     ("C", r"the answer is $\text{(C)}$"),
+    ("3/2", "it is 1 1/2"),
+    ("185000", "so it is 1.85e5 in all"),
+    ("5000000", "It costs $5 million."),
     ("A", "The answer is A. Option B is wrong."),
     ("B", "The answer is (B), not (C)."),
     ("C", "Answer: C\n\nExplanation: (D) is false."),
@@ -334,6 +337,9 @@ WRONG_TEXTS = [
     ("A", "A train leaves at noon."),  # an article is no choice
     ("C", "The answer is (B), not (C)."),
     ("D", "The answer is A, B, C or D."),
+    ("1", "it is 1 1/2"),
+    ("1.6", "so it is 1.6e-19 in all"),
+    ("5", "It costs $5 million."),
     # two answers are none, and a denied one is none
     ("8", "The answer is 8 or 999."),
     ("8", "The answer is not 8, it is 999."),
