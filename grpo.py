@@ -21,18 +21,16 @@ The paper calls it GRPO. Each piece, and whose formula it is:
                        name it, its code never applies it; here it is applied
     no KL              as in DAPO (Sec. 2.3) and the paper
 
-A token's loss is proportional to its A, so other losses are other advantages. Of M
-prompts and R rollouts, T (R,) the lengths and n (R,) the size of each one's group
-(chapter 5 runs them all):
+A token's loss is proportional to its A, so other losses are other advantages. For M
+prompts, R rollouts, lengths T (R,), sizes n (R,) of each one's group (chapter 5):
 
     GRPO's sequence mean     advantages * T.mean() / T
     a mean over each prompt  advantages * R / M / n
     Dr. GRPO, L a constant   kind="centred", advantages * T.mean() / L
     RLOO                     kind="leave-one-out"
-    KL(pi, pi_ref)           advantages - beta * group_advantages(k, group, clip=inf,
-                             kind="leave-one-out"), k (R,) = sum_t log pi / pi_ref
-                             (GRPO's k3 = r - 1 - log r, r = pi_ref / pi, is a loss;
-                             as a reward it would have the wrong gradient)
+    KL(pi, pi_ref)           advantages - beta * group_advantages(sum_t log pi / pi_ref,
+                             group, clip=inf, kind="leave-one-out"); chapter 5 has also
+                             GRPO's k3 = r - 1 - log r, r = pi_ref / pi, a loss
 """
 
 from __future__ import annotations
@@ -59,10 +57,6 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 def group_advantages(rewards, group, eps=1e-6, clip=5.0, kind="scaled") -> np.ndarray:
     """How much better each rollout did than its own group, clipped to +-clip.
 
-        kind="scaled"         A = (r - mean) / (std + eps)   GRPO; the paper's
-        kind="centred"        A = r - mean                   Dr. GRPO
-        kind="leave-one-out"  A = r - mean of the others     RLOO
-
     rewards (R,) finite numbers; group (R,) integer labels in any order (ValueError).
     Returns (R,) float64, exactly 0 in groups of one and silent groups (rewards equal).
     """
@@ -75,12 +69,12 @@ def group_advantages(rewards, group, eps=1e-6, clip=5.0, kind="scaled") -> np.nd
     A = rewards - (np.bincount(g, rewards) / n)[g]  # (R,)
     others = np.maximum(n - 1, 1)  # (M,)
     if kind == "scaled":
-        # The unbiased std (n - 1), as in the paper's code.
+        # GRPO: (r - mean) / std, the unbiased one (n - 1) as in the paper's code.
         A = A / (np.sqrt(np.bincount(g, A**2) / others)[g] + eps)
     elif kind == "leave-one-out":
-        # r - (n mean - r) / (n - 1) = (r - mean) n / (n - 1)
+        # RLOO: r - mean of the others = (r - mean) n / (n - 1)
         A = A * (n / others)[g]
-    elif kind != "centred":
+    elif kind != "centred":  # Dr. GRPO: r - mean
         raise ValueError(f"kind {kind!r} must be scaled, centred or leave-one-out")
     # The mean of three 0.1 is not quite 0.1, so silence is decided on the rewards.
     some = np.zeros(len(n))
@@ -123,13 +117,13 @@ def _padded(sequences: Sequence, device, side: str = "right"):
 
 def _plain_pass(decoder, rollouts, device) -> torch.Tensor:
     """Hidden states that predict the response tokens, (N, H): a row for a rollout."""
-    ids, mask = _padded([(*r.prompt_ids, *r.response_ids) for r in rollouts], device)
-    # No mask goes in: the causal order hides padding on the right from real tokens,
-    # and without a mask the fastest attention kernel may be taken.
+    ids, _ = _padded([(*r.prompt_ids, *r.response_ids) for r in rollouts], device)  # (R, L)
+    kinds = [[0] * len(r.prompt_ids) + [1] * len(r.response_ids) for r in rollouts]
+    is_response, _ = _padded(kinds, device)  # (R, L)
+    # No mask goes in: the causal order hides padding on the right, and without a mask
+    # the fastest attention kernel may be taken.
     hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (R, L, H)
-    for row, r in zip(mask, rollouts, strict=True):
-        row[: len(r.prompt_ids)] = 0  # what remains are the response's tokens
-    return hidden[:, :-1][mask[:, 1:].bool()]  # column t predicts the token of t + 1
+    return hidden[:, :-1][is_response[:, 1:].bool()]  # column t predicts token t + 1
 
 
 def _shared_pass(decoder, rollouts, device) -> torch.Tensor:
@@ -140,12 +134,12 @@ def _shared_pass(decoder, rollouts, device) -> torch.Tensor:
     through the repetition and add up."""
     prompt = [tuple(r.prompt_ids) for r in rollouts]
     row_of = {ids: i for i, ids in enumerate(dict.fromkeys(prompt))}  # the distinct ones
-    run = partial(decoder, use_cache=True)
 
     # 1. The prompts, padded on the left, so that all end in the same column.
     ids, prompt_mask = _padded(list(row_of), device, side="left")  # (G, P)
-    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
-    out = run(input_ids=ids, attention_mask=prompt_mask, position_ids=positions)
+    place = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
+    run = partial(decoder, use_cache=True)
+    out = run(input_ids=ids, attention_mask=prompt_mask, position_ids=place)
     last, cache = out.last_hidden_state[:, -1:], out.past_key_values  # (G, 1, H)
 
     # 2. The responses, in slices of r rollouts of like length.
@@ -163,14 +157,12 @@ def _shared_pass(decoder, rollouts, device) -> torch.Tensor:
             for layer in repeated.layers:  # (G, heads, P, D) -> (r, heads, P, D)
                 layer.keys = layer.keys.index_select(0, rows)
                 layer.values = layer.values.index_select(0, rows)
-            past, own = prompt_mask[rows], torch.ones_like(ids[:, 1:])
-            later = run(
-                input_ids=ids[:, :-1],
-                attention_mask=torch.cat([past, own], dim=1),
-                position_ids=past.sum(1, keepdim=True) + own.cumsum(1) - 1,
-                past_key_values=repeated,
-            )
-            hidden = torch.cat([hidden, later.last_hidden_state], dim=1)  # (r, T, H)
+            past = prompt_mask[rows]  # (r, P)
+            both = torch.cat([past, torch.ones_like(ids[:, 1:])], dim=1)  # (r, P + T - 1)
+            place = both.cumsum(1)[:, past.shape[1] :] - 1  # (r, T - 1)
+            settings = dict(attention_mask=both, position_ids=place, past_key_values=repeated)
+            later = run(input_ids=ids[:, :-1], **settings).last_hidden_state
+            hidden = torch.cat([hidden, later], dim=1)  # (r, T, H)
         found |= zip(part, hidden[mask.bool()].split([T[i] for i in part]), strict=True)
     return torch.cat([found[i] for i in range(len(rollouts))])
 
@@ -196,9 +188,8 @@ def _head(head, hidden, targets, temperature, chunk=None) -> torch.Tensor:
     chunk = chunk or (2**28 if hidden.is_cuda else 2**25)
     n = max(1, chunk // head.weight.shape[0])
     dtype = head(hidden[:1]).dtype  # of the products: autocast's, where it is on
-    tensors = hidden, head.weight, head.bias
-    tensors = (None if x is None else x.to(dtype) for x in tensors)
-    return _Head.apply(*tensors, targets, temperature, n)
+    inputs = [x if x is None else x.to(dtype) for x in (hidden, head.weight, head.bias)]
+    return _Head.apply(*inputs, targets, temperature, n)
 
 
 class _Head(torch.autograd.Function):
@@ -210,8 +201,8 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def log_softmax(h, weight, bias, temperature) -> torch.Tensor:
         logits = torch.nn.functional.linear(h, weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits.div_(temperature)
+        # Softmax in float32 or better, whatever the products are.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
         return logits.sub_(logits.logsumexp(1, keepdim=True))  # (n, V)
 
     @staticmethod
@@ -227,8 +218,8 @@ class _Head(torch.autograd.Function):
     def backward(ctx, grad):  # (N,)
         hidden, weight, bias, targets = ctx.saved_tensors
         temperature, n = ctx.settings
-        to_hidden, to_bias = [], 0
-        to_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        to_hidden, to_weight = [], torch.zeros_like(weight, dtype=grad.dtype)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
         for h, t, g in zip(hidden.split(n), targets.split(n), grad.split(n), strict=True):
             # d log p_target / d logits = (one-hot of the target - p) / temperature
             d = _Head.log_softmax(h, weight, bias, temperature).exp_()  # (n, V)
@@ -241,7 +232,6 @@ class _Head(torch.autograd.Function):
                 to_weight.addmm_(d.T, h)  # needs no second array of its size
             else:
                 to_weight += d.T @ h  # float32 sums of bfloat16 products
-        to_bias = None if bias is None else to_bias
         return torch.cat(to_hidden), to_weight, to_bias, None, None, None
 
 
@@ -252,8 +242,8 @@ def check_logprobs(model, temperature: float = 1.0) -> float:
     """The largest gap, in nats, between both passes and what the model itself says.
 
     softmax(head(hidden)) is silently wrong where a model caps or scales its logits
-    after the head (Gemma 2, Granite). ValueError for a gap above 1e-3 (rounding in
-    float32 stays below 1e-4). It draws no random number, and costs 16 tokens or so.
+    after the head (Gemma 2, Granite). ValueError if the gap exceeds 1e-3 (rounding in
+    float32 stays below 1e-4). It draws no random number and costs a few dozen tokens.
     """
     unfit = f"{type(model).__name__} is not supported:"
     decoder, own = model.get_decoder(), model.get_output_embeddings
@@ -265,13 +255,12 @@ def check_logprobs(model, temperature: float = 1.0) -> float:
     rollouts = [SimpleNamespace(group=p, prompt_ids=row[:p], response_ids=row[p:end]) for p, end in cuts]
     weight, gaps = next(model.parameters()), []
     awake = [m for m in model.modules() if m.training]
-    model.eval()  # no dropout meanwhile
+    model.eval()  # no dropout here
     try:
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            ids = torch.tensor([row], device=weight.device)
-            out = model(input_ids=ids, use_cache=True)
+            out = model(input_ids=torch.tensor([row], device=weight.device), use_cache=True)
             logp = (out.logits[0].float() / temperature).log_softmax(1)  # (L, V)
-            logp = logp[:-1].gather(1, ids[0, 1:, None])[:, 0]  # (L - 1,)
+            logp = logp[range(15), row[1:]]  # (L - 1,)
             truth = torch.cat([logp[p - 1 : end - 1] for p, end in cuts])  # (N,)
             # Only keys and values can be repeated. The state of a convolution or of a
             # recurrence (Mamba, Qwen3-Next) is not one entry a token.
@@ -338,11 +327,10 @@ def update(
     advantages (R,): where A = 0 the loss is 0 whatever the model says. Such rollouts
     are not computed, but their tokens count in the token mean.
     checkpointing: keep what enters each layer and compute the rest again: less memory,
-    a third more time. loss_settings go to `clipped_loss`.
-
-    Returns steps_skipped (a step whose loss or gradient is not finite is not taken),
-    skipped_tokens (the share not computed) and, None where no step was taken, loss,
-    grad_norm, kl (to the sampler), entropy_live (-log pi), clip_low, clip_high.
+    a third more time. loss_settings go to `clipped_loss`. A step whose loss or gradient
+    is not finite is not taken. Returns steps_skipped, skipped_tokens (share not
+    computed) and, None where no step was taken, loss, grad_norm, and means over the
+    computed tokens: kl (to the sampler), entropy_live (-log pi), clip_low, clip_high.
     """
     advantages = np.asarray(advantages, dtype=np.float64)
     if advantages.shape != (len(rollouts),):
@@ -358,8 +346,8 @@ def update(
     share = _CHECKED[model] and not checkpointing and sharing_wins(rollouts, live)
 
     def logprobs(rows):  # (N,)
-        batch = [rollouts[i] for i in rows]
-        return token_logprobs(model, batch, temperature, share, bfloat16)
+        some = [rollouts[i] for i in rows]
+        return token_logprobs(model, some, temperature, share, bfloat16)
 
     def flat(values):  # (N,)
         return torch.tensor(np.concatenate(values), dtype=torch.float32, device=device)
@@ -387,14 +375,12 @@ def update(
         for rows, old_logp in zip(step, old_logps, strict=True):
             with _layers_recomputed(model, checkpointing):
                 logp = logprobs(rows)
-            loss, sums = clipped_loss(
-                logp,
-                logp.detach() if old_logp is None else old_logp,
-                flat([np.full(T[i], advantages[i]) for i in rows]),
-                int(T.sum()) / len(steps),
-                flat([rollouts[i].logprobs for i in rows]),
-                **loss_settings,
-            )
+            if old_logp is None:
+                old_logp = logp.detach()
+            A = flat([np.full(T[i], advantages[i]) for i in rows])
+            sampler = flat([rollouts[i].logprobs for i in rows])
+            n = int(T.sum()) / len(steps)  # skipped rollouts and other microbatches count
+            loss, sums = clipped_loss(logp, old_logp, A, n, sampler, **loss_settings)
             loss.backward()
             log.append(sums | {"loss": loss.item(), "tokens": len(logp)})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
@@ -406,9 +392,8 @@ def update(
 
     # 4. Means over the tokens of the steps that were taken.
     names = "loss", "grad_norm", "kl", "entropy_live", "clip_low", "clip_high"
-    skipped = 1 - int(T[live].sum()) / max(1, int(T.sum()))
-    stats = dict.fromkeys(names) | {"skipped_tokens": skipped}
-    stats["steps_skipped"] = len(steps) - len(norms)
+    stats = dict.fromkeys(names) | {"steps_skipped": len(steps) - len(norms)}
+    stats["skipped_tokens"] = 1 - int(T[live].sum()) / max(1, int(T.sum()))
     if norms:
         total = {name: sum(row[name] for row in taken) for name in taken[0]}
         tokens, loss = total.pop("tokens"), total.pop("loss")
@@ -420,9 +405,8 @@ def update(
 @contextmanager
 def _layers_recomputed(model, on: bool):
     """Activation checkpointing for one forward pass. transformers' own switch works in
-    training mode only, which wakes dropout; so each layer's `forward` is wrapped here."""
-    # What only transformers' GradientCheckpointingLayer has.
-    mark = "_can_checkpoint_with_cache"
+    training mode only, which wakes dropout; here each layer's `forward` is wrapped."""
+    mark = "_can_checkpoint_with_cache"  # of transformers' GradientCheckpointingLayer
     layers = [m for m in model.modules() if on and hasattr(m, mark)]
     if on and not layers:
         raise ValueError(f"{type(model).__name__} does not support checkpointing")
