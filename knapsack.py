@@ -308,7 +308,7 @@ def allocate(p, budget: int, n_min: int = 2, n_max: int = 128, value=None) -> np
     spare = _spare(m, budget, n_min, n_max)
     if value is not None:
         values = _table(value, p, np.arange(n_min, n_max + 1))  # (M, K)
-        if _concave(values):
+        if _concave(values):  # NaN is not, and solve_dp refuses it
             return n_min + solve_greedy(values, spare)
         # One slope for all prompts makes every rollout worth buying, so the whole budget is
         # spent. It adds the same to all ways to spend it, so the best of them stays the best.
@@ -336,23 +336,20 @@ def _table(value, p, n, points: int = 32) -> np.ndarray:
     """(M, K) of value(n, p); over a posterior its average, exact for polynomials in p of
     degree < 2 x points (Gauss-Jacobi quadrature)."""
     if not isinstance(p, tuple):
-        nodes, weights = np.array([p], float), np.ones((1, len(p)))
-    else:
-        # Golub and Welsch (1969): the nodes are the eigenvalues of a tridiagonal matrix
-        # of Beta's canonical moments c_1, c_2, ..., of which c_1 is the mean.
-        (a, b), k = (np.reshape(x, (-1, 1)) for x in p), np.arange(points)
-        odd = (a + k) / (a + b + 2 * k)  # c_1, c_3, c_5, ...
-        even = k / (a + b + np.abs(2 * k - 1))  # 0, c_2, c_4, ...
-        up, down = (1 - even) * odd, even * (1 - np.roll(odd, 1, axis=1))
-        matrix = np.zeros((len(a), points, points))
-        matrix[:, k, k] = up + down
-        matrix[:, k[1:], k[:-1]] = np.sqrt(up[:, :-1] * down[:, 1:])  # eigh reads this half
-        nodes, vectors = np.linalg.eigh(matrix)
-        nodes, weights = nodes.T.clip(0, 1), vectors[:, 0].T ** 2  # (points, M)
-    table = np.zeros((weights.shape[1], len(n)))
-    for x, w in zip(nodes, weights, strict=True):
-        table += w[:, None] * value(n, x[:, None])
-    _require(np.isfinite(table), "value(n, p)", table, "return finite numbers")
+        return np.broadcast_to(value(n, np.asarray(p, float)[:, None]), (len(p), len(n)))
+    # Golub and Welsch (1969): the nodes are the eigenvalues of a tridiagonal matrix of
+    # Beta's canonical moments c_1, c_2, c_3, ..., of which c_1 is the mean.
+    (a, b), k = (np.reshape(x, (-1, 1)) for x in p), np.arange(points)
+    odd = (a + k) / (a + b + 2 * k)  # c_1, c_3, c_5, ...
+    even = k / (a + b + np.abs(2 * k - 1))  # 0, c_2, c_4, ...
+    up, down = (1 - even) * odd, even * (1 - np.roll(odd, 1, axis=1))  # (M, points)
+    matrix = np.zeros((len(a), points, points))
+    matrix[:, k, k] = up + down
+    matrix[:, k[1:], k[:-1]] = np.sqrt(up[:, :-1] * down[:, 1:])  # eigh reads this half
+    nodes, vectors = np.linalg.eigh(matrix)
+    table = np.zeros((len(a), len(n)))
+    for j in k:
+        table += vectors[:, 0, j, None] ** 2 * value(n, nodes[:, j, None].clip(0, 1))
     return table
 
 
@@ -398,9 +395,8 @@ def shadow_price(p, counts, n_max: int = 128) -> float:
 
 
 def allocate_at_price(p, price: float, n_min: int = 2, n_max: int = 128) -> np.ndarray:
-    """Counts (M,): n_min, and every further rollout worth at least `price`, up to n_max. So the
-    budget falls as prompts are solved. At shadow_price(p, counts) allocate's counts come back,
-    but for ties."""
+    """Counts (M,): n_min, and every further rollout worth at least `price`, up to n_max.
+    At shadow_price(p, counts) the counts of allocate come back, but for ties."""
     _require(price >= 0, "price", price, "pass a number >= 0; shadow_price gives the scale")
     _spare(0, 0, n_min, n_max)
     return n_min + np.count_nonzero(_gains(p, n_max - 1)[n_min - 1 :] >= price, axis=0)

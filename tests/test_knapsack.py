@@ -670,7 +670,7 @@ BAD = [
     (lambda: allocate([], 8), "budget = 8: lower it to 0 x n_max = 0"),
     (
         lambda: allocate([0.5], 8, value=lambda n, p: n * np.nan),
-        r"value\(n, p\) = nan: return finite numbers",
+        "values = nan: pass finite values",
     ),
     (lambda: allocate_paper([0.5, 2.0], 8), "p = 2.0"),
     (lambda: allocate_paper([0.5], 8, n_min=0), "n_min = 0"),
