@@ -629,6 +629,10 @@ def load_reward(spec: str):
     return getattr(module, name)
 
 
+class BadReward(ValueError):
+    """A reward function returned what is no reward."""
+
+
 def grade(reward, tasks: list[Task], texts: list[str]):
     """reward(tasks, texts) as an array (R,) in [0, 1]; ValueError if it is no such thing."""
     import numpy as np
@@ -638,12 +642,12 @@ def grade(reward, tasks: list[Task], texts: list[str]):
     given = given.tolist() if hasattr(given, "tolist") else given  # an array, a tensor
     if not isinstance(given, (list, tuple)) or len(given) != len(texts):
         count = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
-        raise ValueError(f"{name} returned {count} for {len(texts)} texts: return a number for each")
+        raise BadReward(f"{name} returned {count} for {len(texts)} texts: return a number for each")
     # Not float(x): a text like "1" is a mistake, not a reward.
     given = [x.item() if hasattr(x, "item") else x for x in given]
     for i, (task, x) in enumerate(zip(tasks, given, strict=True)):
         if type(x) not in (bool, int, float) or not 0 <= x <= 1:
-            raise ValueError(f"{name} gave {x!r} to text {i} (task {task.id}): not in [0, 1]")
+            raise BadReward(f"{name} gave {x!r} to text {i} (task {task.id}): not in [0, 1]")
     return np.array(given, dtype=float)  # (R,)
 
 

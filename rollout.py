@@ -113,6 +113,26 @@ def load_model(path: str, trust_remote_code: bool = False) -> tuple:
     return model.eval(), tokenizer
 
 
+def load_config(path: str, trust_remote_code: bool = False) -> tuple:
+    """(config, tokenizer): what can be checked before the weights are loaded."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    trust = {"trust_remote_code": trust_remote_code}
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, **trust)
+        return config, AutoTokenizer.from_pretrained(path, **trust)
+
+
+def context_length(config) -> int:
+    """The longest prompt and answer, in tokens, that the model computes right."""
+    text = config.get_text_config(decoder=True)  # multimodal wrappers keep it inside
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this a row's log-probs depend on how long its neighbours are.
+        return rope["original_max_position_embeddings"]
+    return getattr(text, "max_position_embeddings", None) or 2**30
+
+
 # --------------------------------------------------------------- the prompts
 def encode_prompts(tokenizer, texts: list[str], chat=False, template_kwargs=None) -> list:
     """The token ids of each text; chat puts it into the model's chat template, which gets

@@ -8,11 +8,13 @@ import resource
 import shutil
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import stress_resume
 from stress_resume import EVAL_EVERY, ROOT, STEPS, differences, disturb, n_rows, rows, start
 
+import knapsack
 import train
 
 
@@ -31,6 +33,10 @@ def broken_off(calm, tmp_path):
     shutil.copytree(calm, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
     return tmp_path / "run"
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def checkpoints(out):
@@ -83,19 +89,19 @@ def test_ten_kills_at_random_moments(calm, tmp_path):
 
 
 def test_a_finished_run_is_left_alone(calm, main):
-    before = train.checksums(calm)
+    before = tree(calm)
     code, said = main("--resume", calm, "--steps", STEPS, "--out", calm)  # its own flags are no contradiction
     assert code == 0 and "nothing to resume" in said
-    assert train.checksums(calm) == before
+    assert tree(calm) == before
 
 
 def test_a_run_in_use_is_left_alone(broken_off, main):
-    with (broken_off / "config.json").open() as file:
+    with (broken_off / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        before = train.checksums(broken_off)
+        before = tree(broken_off)
         error, _ = main("--resume", broken_off)
         assert "another train.py is at work on this run" in error
-        assert train.checksums(broken_off) == before
+        assert tree(broken_off) == before
 
 
 # ---------------------------------------------------------------------------------------- damage
@@ -124,6 +130,7 @@ DAMAGE = {
     ),
     "a code-carrying stranger": lambda c: (c / "optimizer.pt").write_bytes(b"\x80\x04."),
     "half-written": lambda c: c.rename(c.with_suffix(".part")),
+    "half-written at the end": lambda c: (c / "SHA256SUMS").unlink() or c.rename(c.with_suffix(".part")),
 }
 
 
@@ -210,11 +217,12 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
             return [torch.zeros(1)]
 
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    kept = []
+    run = SimpleNamespace(out=tmp_path, model=Part(), tokenizer=Part(), optimizer=optimizer)
+    run.tracker, kept = knapsack.SuccessTracker(), []
     for step in range(1, 6):
         held = [path.name for path in checkpoints(tmp_path)]
-        state = {"step": step, "best": (0.5, min(step, 2))}
-        train.save_checkpoint(tmp_path, Part(), Part(), optimizer, state)
+        run.state = {"step": step, "best": (0.5, min(step, 2))}
+        train.save_checkpoint(run)
         kept.append([int(path.name[5:]) for path in checkpoints(tmp_path)])
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]
 

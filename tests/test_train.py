@@ -143,7 +143,7 @@ def test_compare_draws_one_picture(runs, tmp_path):
 
 def test_checks_come_before_torch():
     """A wrong flag answers at once: nothing that takes seconds to import is imported by then."""
-    code = "import sys, train; c, _ = train.parse_args([]); train.prepare(c); print('torch' in sys.modules)"
+    code = "import sys, train; train.prepare(train.settings({})); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -157,9 +157,8 @@ def test_large_models_take_the_large_column():
     sys.path.insert(0, str(ROOT))
     import train as module
 
-    tiny, _ = module.parse_args([])
-    large, _ = module.parse_args(["--model", "Qwen2.5-Math-1.5B", "--lr", "2e-6"])
+    tiny = module.settings({})
+    large = module.settings(module.parse_args(["--model", "Qwen2.5-Math-1.5B", "--lr", "2e-6"])[0])
     assert (tiny.tasks, large.tasks) == ("arithmetic", "dapo17k")
     assert large.lr == 2e-6 and large.max_new_tokens == 1024 and large.minibatches == 8
     assert "boxed" in large.instruction and tiny.instruction == ""
-    assert os.path.basename(module.run_folder(large, None)) == "Qwen2.5-Math-1.5B-knapsack-seed0"
