@@ -114,14 +114,9 @@ def path_or_name(text: str) -> str:
     return os.path.abspath(path) if path.exists() and not name else text
 
 
-# What --chat-template-kwargs says.
-def template_kwargs(text: str) -> dict:
-    try:
-        kwargs = json.loads(text or "{}")
-    except ValueError as error:
-        raise ValueError(f"--chat-template-kwargs {text}: not JSON ({error})") from error
-    need(isinstance(kwargs, dict), f"--chat-template-kwargs {text}: must be an object, as {{...}}")
-    return kwargs
+# The text of a JSON object, such as {"enable_thinking": false}. argparse says it if it is none.
+def json_object(text: str) -> str:
+    return json.dumps(dict(json.loads(text)))
 
 
 # The user's reward FILE.py:FUNCTION, or a verifier. Where a box is asked for, only a box counts.
@@ -148,7 +143,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lenient", action="store_true", help="an answer without the box asked for counts too")
     add("--reward", type=path_or_name, help="your own, FILE.py:FUNCTION (see reward.py)")
     add("--chat", action="store_true", help="wrap prompts in the model's chat template")
-    add("--chat-template-kwargs", default="", metavar="JSON", help="for that template")
+    add("--chat-template-kwargs", type=json_object, default="{}", metavar="JSON", help="for it")
     add("--engine", choices=["auto", "vllm", "hf"], default="auto", help="who samples [auto]")
     add("--seed", type=int, default=0, help="of the sampling [0]")
     add("--out", type=path_or_name, metavar="FILE.json", help="scores; the completions, beside it")
@@ -183,7 +178,7 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
     engine, why = rollout.choose_engine(args.engine)
     print(f"sampling with {engine} ({why})")
     models, limit = [], args.max_new_tokens or 1024
-    words = (args.instruction, args.chat, template_kwargs(args.chat_template_kwargs))
+    words = (args.instruction, args.chat, json.loads(args.chat_template_kwargs))
     for name in dict.fromkeys(args.model):  # a name that is given twice counts once
         path = rollout.resolve_model(name)
         config, tokenizer = rollout.load_config(path, args.trust_remote_code)
@@ -383,12 +378,6 @@ def replace_file(path: Path, write) -> None:
     part.replace(path)
 
 
-# (steps, values) of one metric, where it is there.
-def column(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-    return np.array([s for s, _ in pairs]), np.array([v for _, v in pairs], dtype=float)
-
-
 # Running mean, shorter at the ends.
 def smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
     ones = np.ones(min(width, max(1, len(values))))
@@ -412,104 +401,60 @@ def picture(path: Path, rows: int, columns: int):
     plt.close(fig)
 
 
-def draw_dashboard(out: Path, epoch: int) -> None:
-    """dashboard.png from the run's own files; a title says what its panel found. epoch: in steps."""
-    config, rows = json.loads((out / "config.json").read_text()), list(each_row(out / "metrics.jsonl"))
-    lines = (out / "groups.jsonl").read_text(encoding="utf-8").splitlines()
-    if not lines:
-        return
-    with picture(out / "dashboard.png", 2, 3) as (fig, ((a, b, c), (d, e, f))):
-        M, each, allocator = config["prompts"], config["budget"] / config["prompts"], config["allocator"]
-        what = f"{Path(config['model']).name} on {Path(config['tasks']).name}: {allocator}"
-        fig.suptitle(f"{what}, {M} prompts x {each:g} rollouts a step")
-
-        # a: does it learn?
-        steps, rewards = column(rows, "reward_mean")
-        (evaluated, success), (_, se) = column(rows, "eval_success"), column(rows, "eval_success_se")
-        a.plot(steps, rewards, color="#bbbbbb", lw=1)
-        a.plot(steps, smooth(rewards), color="#555555", label="training reward (mean over prompts)")
-        a.errorbar(evaluated, success, se, color=BLUE, marker="o", ms=4, label="held-out success")
-        a.set(title=f"Held-out success {success[0]:.2f} → {success[-1]:.2f}", xlabel="step", ylim=(0, 1))
-
-        # b: how much of the compute teaches? The three always stand together.
-        by_rollout, by_prompt = (column(rows, f"effective_{k}")[1] for k in ("rollouts", "prompts"))
-        solved = column(rows[1:], "distinct_solved")[1] / (epoch * M)
-        b.plot(steps, smooth(by_rollout), color=BLUE, label="of rollouts: in a mixed group")
-        b.plot(steps, smooth(by_prompt), color=ORANGE, ls="--", label="of prompts: with a mixed group")
-        b.plot(steps, solved, color=GREY, ls=":", label="of training prompts: ever solved")
-        b.set(title=f"{by_rollout.mean():.0%} of rollouts, {by_prompt.mean():.0%} of groups teach")
-        b.set(xlabel="step", ylabel="share", ylim=(0, 1))
-
-        # c: why not all of it?
-        shares = [smooth(column(rows, k)[1]) for k in ("all_right", "effective_prompts", "all_wrong")]
-        names = ["all right", "mixed", "all wrong"]
-        c.stackplot(steps, shares, colors=["#cfe3cf", BLUE, "#4d4d4d"], labels=names)
-        c.set(title="Only mixed groups carry gradient", xlabel="step", ylabel="share of groups", ylim=(0, 1))
-
-        # d: who got how many rollouts? Each prompt's newest visit is in the last two epochs.
-        newest = {}
-        for g in map(json.loads, lines[-2 * epoch :]):
-            newest |= zip(g["ids"], zip(g["estimate"], g["counts"], strict=True), strict=True)
-        p, n = np.array(list(newest.values())).T
-        d.scatter(p, n, s=10, alpha=0.5, color=look(allocator)["color"])
-        d.axhline(each, color=GREY, ls=":", label="uniform")
-        d.set(title=f"Rollouts given, {n.min():.0f} to {n.max():.0f} a prompt", xlim=(0, 1))
-        d.set(xlabel="estimated success (newest visit)", ylabel="rollouts")
-        d.set_yscale("log", base=2)
-        d.yaxis.set_major_formatter("{x:g}")
-
-        # e: what was expected of each prompt after one visit, and what is now?
-        second = {}
-        for g in map(json.loads, lines[epoch : 2 * epoch]):
-            second |= zip(g["ids"], g["estimate"], strict=True)
-        before, now, bins = list(second.values()), [newest[i][0] for i in second], np.linspace(0, 1, 21)
-        e.hist(before, bins, color="#c9c9c9", label="after the first visit")
-        e.hist(now, bins, histtype="step", lw=2, color=BLUE, label="now")
-        found = f"Estimated success {np.mean(before):.2f} → {np.mean(now):.2f}" if second else "First epoch"
-        e.set(title=found, xlabel="estimated success", ylabel="prompts")
-
-        # f: where does the time go?
-        names = {k for r in rows for k in r if k.startswith("time_") and "per_second" not in k}
-        seconds = sorted((sum(r.get(k) or 0 for r in rows), k[5:]) for k in names)
-        f.barh([k for _, k in seconds], [s for s, _ in seconds], color=BLUE)
-        total = sum(s for s, _ in seconds)
-        f.set(title=f"{total:.0f} seconds, most of them: {seconds[-1][1]}", xlabel="seconds")
-        places = ["lower right", "best", "lower right", "upper right", "upper center"]
-        for axis, place in zip((a, b, c, d, e), places, strict=True):
-            axis.legend(loc=place, fontsize=8)
+# Metric: what its panel is called. The sixth panel shows who got how many rollouts.
+PANELS = {
+    "eval_success": "Held-out success",
+    "effective_rollouts": "Rollouts in mixed groups",
+    "effective_prompts": "Groups that are mixed",
+    "all_wrong": "Groups that are all wrong",
+    "distinct_solved": "Training prompts ever solved",
+}
 
 
-def draw_comparison(runs: list[Path], path: Path) -> None:
-    """Several runs on one picture, against rollouts spent: equal compute stands above equal compute."""
+def draw_runs(runs: list[Path], path: Path) -> None:
+    """One run's dashboard, or several beside each other: against rollouts spent, so that equal compute
+    stands above equal compute."""
     for run in runs:
-        there = all((run / name).is_file() for name in ("config.json", "metrics.jsonl"))
-        there = there and len(list(each_row(run / "metrics.jsonl"))) > 1
-        need(there, f"--compare {run}: no config.json and metrics.jsonl of at least one step there")
+        files = [run / name for name in ("config.json", "metrics.jsonl", "groups.jsonl")]
+        there = all(f.is_file() for f in files) and any(each_row(files[2]))
+        need(there, f"{run}: no config.json, metrics.jsonl and groups.jsonl of at least one step there")
     need(path.parent.is_dir() and not path.is_dir(), f"--out {path}: name a picture in a folder that exists")
-    panels = {
-        "eval_success": "Held-out success",
-        "effective_rollouts": "Rollouts in mixed groups",
-        "effective_prompts": "Prompts with a mixed group",
-        "distinct_solved": "Prompts ever solved",
-    }
-    with picture(path, 2, 2) as (fig, axes):
+    with picture(path, 2, 3) as (fig, axes):
+        *panels, last = axes.flat
         # The look is the allocator's, the marker the run's.
         for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
             c, rows = json.loads((run / "config.json").read_text()), list(each_row(run / "metrics.jsonl"))
-            style = look(c["allocator"]) | {"marker": marker, "markersize": 4}
-            for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-                steps, values = column(rows, name)
-                spent = steps * c["budget"]
+            style = look(c["allocator"]) | {
+                "marker": marker,
+                "ms": 4,
+                "label": f"{c['allocator']} ({run.name})",
+            }
+            spent = np.cumsum([r["budget"] if r["step"] else 0 for r in rows])  # (rows,)
+            for axis, (name, title) in zip(panels, PANELS.items(), strict=True):
+                here = [i for i, r in enumerate(rows) if r[name] is not None]
+                x, y = spent[here], np.array([rows[i][name] for i in here])
                 if name == "eval_success":
-                    se = column(rows, "eval_success_se")[1]
-                    axis.errorbar(spent, values, se, label=f"{c['allocator']} ({run.name})", **style)
+                    axis.errorbar(x, y, [rows[i]["eval_success_se"] for i in here], **style)
                 else:
-                    values = smooth(values) if name.startswith("effective") else values
-                    axis.plot(spent, values, markevery=max(1, len(spent) // 8), **style)
-                axis.set(title=title, xlabel="rollouts spent")
-        for axis in axes.flat:  # once all runs are drawn, or the first one would fix the top
+                    y = y if name == "distinct_solved" else smooth(y)
+                    axis.plot(x, y, markevery=max(1, len(x) // 8), **style)
+                change = f" {round(y[0], 2):g} → {round(y[-1], 2):g}" if len(runs) == 1 else ""
+                axis.set(title=title + change, xlabel="rollouts spent")
+            # Each prompt's newest visit, if it was in the last thousand steps.
+            newest = {}
+            for g in map(json.loads, (run / "groups.jsonl").read_text().splitlines()[-1000:]):
+                newest |= zip(g["ids"], zip(g["estimate"], g["counts"], strict=True), strict=True)
+            p, n = np.array(list(newest.values())).T
+            last.plot(p, n, **style | {"linestyle": "", "alpha": 0.4})
+            last.set(title=f"Rollouts a prompt, {n.min():.0f} to {n.max():.0f}", ylabel="rollouts")
+        last.set(xlabel="estimated success (newest visit)", xlim=(0, 1))
+        last.set_yscale("log", base=2)
+        last.yaxis.set_major_formatter("{x:g}")
+        for axis in panels:  # once all runs are drawn, or the first one would fix the top
             axis.set_ylim(bottom=0)
-        fig.legend(loc="outside lower center", ncols=2, fontsize=8)  # where it covers no curve
+        names = {label: line for line, label in zip(*axes[0, 1].get_legend_handles_labels(), strict=True)}
+        # Outside the panels, where it covers no curve.
+        fig.legend(names.values(), names, loc="outside lower center", ncols=2)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Config:
     reward: str = setting("", "", "your own reward, FILE.py:FUNCTION (see reward.py)")
     instruction: str = setting("", None, "text after each prompt; None: \\boxed{} please for hub tasks")
     chat: bool = setting(False, False, "wrap prompts in the model's chat template")
-    chat_template_kwargs: str = setting("", "", "JSON for that template: '{\"enable_thinking\": false}'")
+    chat_template_kwargs: str = setting("{}", "{}", 'JSON for that template, as {"enable_thinking": false}')
     trust_remote_code: bool = setting(False, False, "run code that comes with the model")
     # Who gets how many rollouts. The paper: 256 prompts, 8 a prompt on average, 2 to 128.
     allocator: str = setting("knapsack", "knapsack", f"who decides that: {', '.join(ALLOCATORS)}")
@@ -396,7 +396,7 @@ def keep(run: Run, row: dict, stop: list, clock: Clock) -> None:
         save_checkpoint(run)
         clock.lap("save")
     if success is not None or ending:
-        evaluate.draw_dashboard(run.out, len(run.train_tasks) // c.prompts)
+        evaluate.draw_runs([run.out], run.out / "dashboard.png")
         clock.lap("draw")
     if ending and trouble:
         raise RunStopped(f"{trouble}; the weights are in {run.out}/checkpoint")
@@ -412,11 +412,13 @@ def finish(run: Run) -> None:
     with written_aside(run.out / "final") as part:
         run.model.save_pretrained(part)
         run.tokenizer.save_pretrained(part)
-    rows = list(evaluate.each_row(run.out / "metrics.jsonl"))
-    success, se = (evaluate.column(rows, name)[1] for name in ("eval_success", "eval_success_se"))
+    first, *_, last = (
+        r for r in evaluate.each_row(run.out / "metrics.jsonl") if r["eval_success"] is not None
+    )
     print(
-        f"held-out success {success[0]:.3f} -> {success[-1]:.3f} (± {se[-1]:.3f}) in {run.config.steps} "
-        f"steps of {run.config.budget} rollouts; model in {run.out}/final, picture in {run.out}/dashboard.png"
+        f"held-out success {first['eval_success']:.3f} -> {last['eval_success']:.3f} "
+        f"(± {last['eval_success_se']:.3f}) in {run.config.steps} steps of {run.config.budget} rollouts; "
+        f"model in {run.out}/final, picture in {run.out}/dashboard.png"
     )
 
 
@@ -534,8 +536,9 @@ def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
             add(flag(f.name), action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         text += f" [{tiny}]" if tiny == large else f" [{tiny} | {large}]"
-        kind = evaluate.path_or_name if f.name in ("model", "tasks", "reward") else type(tiny)
-        add(flag(f.name), type=kind, default=argparse.SUPPRESS, help=text)
+        kinds = {"chat_template_kwargs": evaluate.json_object}
+        kinds |= dict.fromkeys(("model", "tasks", "reward"), evaluate.path_or_name)
+        add(flag(f.name), type=kinds.get(f.name, type(tiny)), default=argparse.SUPPRESS, help=text)
     path = lambda text: Path(text).expanduser()  # noqa: E731
     add("--out", type=path, help="run folder [runs/MODEL-ALLOCATOR-seedSEED]")
     add("--resume", type=path, metavar="DIR", help="go on with the run in DIR")
@@ -575,7 +578,6 @@ def check(c: Config) -> None:
 def prepare(c: Config) -> tuple[list, list]:
     check(c)
     rollout.resolve_model(c.model)
-    evaluate.template_kwargs(c.chat_template_kwargs)
     tasks = reward.load_tasks(c.tasks)
     n_held_out = c.held_out or min(256, len(tasks) // 5)
     few = f"{len(tasks)} tasks are too few for {c.prompts} prompts and {n_held_out} held out: lower those"
@@ -693,7 +695,7 @@ def set_up(c: Config, out: Path, held, train_tasks, held_out, checkpoint: Path |
     # A checkpoint holds the whole model: the one that the run began with is not needed any more.
     path = str(checkpoint or rollout.resolve_model(c.model))
     model, tokenizer = rollout.load_model(path, c.trust_remote_code)
-    words = (c.instruction, c.chat, evaluate.template_kwargs(c.chat_template_kwargs))
+    words = (c.instruction, c.chat, json.loads(c.chat_template_kwargs))
     prompts = rollout.encode_tasks(tokenizer, train_tasks + held_out, *words)
     train_tasks, held_out = usable(c, train_tasks, held_out, prompts)
     longest = check_model(c, out, model, [prompts[t.id] for t in train_tasks + held_out])
@@ -769,7 +771,7 @@ def main(argv=None) -> None:
         if args.compare:
             alone = not (given or args.resume)
             need(alone, "--compare draws what exists: give only --out with it")
-            evaluate.draw_comparison(args.compare, args.out or Path("compare.png"))
+            evaluate.draw_runs(args.compare, args.out or Path("compare.png"))
             print(f"drew {args.out or 'compare.png'}")
             return
         run = open_old(given, args) if args.resume else open_new(settings(given), args.out)

@@ -81,7 +81,7 @@ def long_files(folder: Path, n_rows: int) -> dict:
     train.cut_back(folder, n_rows - 1)
     result["cpu_seconds_cut_back_for_resume"] = time.process_time() - start
     start = time.process_time()
-    evaluate.draw_dashboard(folder, epoch=16)
+    evaluate.draw_runs([folder], folder / "dashboard.png")
     result["cpu_seconds_dashboard"] = time.process_time() - start
     return result
 
