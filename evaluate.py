@@ -114,6 +114,10 @@ def path_or_name(text: str) -> str:
     return os.path.abspath(path) if path.exists() and not name else text
 
 
+def file_path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 # The text of a JSON object, such as {"enable_thinking": false}. argparse says it if it is none.
 def json_object(text: str) -> str:
     return json.dumps(dict(json.loads(text)))
@@ -146,10 +150,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--chat-template-kwargs", type=json_object, default="{}", metavar="JSON", help="for it")
     add("--engine", choices=["auto", "vllm", "hf"], default="auto", help="who samples [auto]")
     add("--seed", type=int, default=0, help="of the sampling [0]")
-    add("--out", type=path_or_name, metavar="FILE.json", help="scores; the completions, beside it")
+    add("--out", type=file_path, metavar="FILE.json", help="scores; the completions, beside it")
     add("--trust-remote-code", action="store_true", help="run the model's own code")
     args = parser.parse_args(argv)
-    args.out = args.out and Path(args.out).expanduser()
     if args.instruction is None:
         args.instruction = default_instruction(args.tasks)
     return args

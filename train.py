@@ -191,7 +191,9 @@ def train(run: Run) -> None:
         if step % c.eval_every == 0 or step == c.steps:
             row |= held_out_success(run, step)
             clock.lap("eval")
-        row = dict.fromkeys(ROW) | row | clock.row(sum(len(r.response_ids) for r in rollouts))
+        row = dict.fromkeys(ROW) | row | clock.row()
+        tokens = row["response_tokens"] * row["budget"]
+        row["time_sampled_tokens_per_second"] = tokens / row["time_sample"]
         log(run.out, "metrics", row)
         who = {"ids": ids, "estimate": p.round(4).tolist(), "counts": counts.tolist()}
         log(run.out, "groups", {"step": step, **who, "successes": successes.tolist()})
@@ -318,34 +320,31 @@ def describe(row: dict, steps: int) -> str:
     return text if row["eval_success"] is None else text + f"  held-out {row['eval_success']:.3f}"
 
 
-class Clock:
-    """Where the seconds of a step go."""
+class Clock(defaultdict):
+    """Where the seconds of a step go: {"time_NAME": seconds}."""
 
     def __init__(self):
         import torch
 
-        self.gpu = torch.cuda if torch.cuda.is_available() else None
-        self.last, self.laps = time.perf_counter(), defaultdict(float)
+        super().__init__(float)
+        self.gpu, self.last = torch.cuda.is_available() and torch.cuda, time.perf_counter()
 
     def lap(self, name: str) -> None:
         """Everything since the last lap was `name`."""
         if self.gpu:
             self.gpu.synchronize()  # until it is through with that
+            # What all processes have in use. torch keeps what it has freed: this is the peak.
+            free, total = self.gpu.mem_get_info()
+            self["mem_peak_gib"] = max(self["mem_peak_gib"], (total - free) / 2**30)
         now = time.perf_counter()
-        self.laps[name] += now - self.last
+        self[f"time_{name}"] += now - self.last
         self.last = now
 
-    def row(self, tokens: int = 0) -> dict:
-        """The laps since the last row, in which so many tokens were sampled. A save or a picture comes
-        after a row, and counts towards the next."""
-        laps, self.laps = self.laps, defaultdict(float)
-        row = {"seconds": sum(laps.values())} | {f"time_{k}": v for k, v in laps.items()}
-        if tokens:
-            row["time_sampled_tokens_per_second"] = tokens / laps["sample"]
-        if self.gpu:
-            # What all processes have in use. torch keeps what it has freed: this is the step's peak.
-            free, total = self.gpu.mem_get_info()
-            row["mem_peak_gib"] = (total - free) / 2**30
+    def row(self) -> dict:
+        """The laps so far. What comes after, a save or a picture, counts towards the next row."""
+        seconds = sum(v for k, v in self.items() if k.startswith("time_"))
+        row = {"seconds": seconds, **self}
+        self.clear()
         return {k: round(v, 4) for k, v in row.items()}
 
 
@@ -412,14 +411,9 @@ def finish(run: Run) -> None:
     with written_aside(run.out / "final") as part:
         run.model.save_pretrained(part)
         run.tokenizer.save_pretrained(part)
-    first, *_, last = (
-        r for r in evaluate.each_row(run.out / "metrics.jsonl") if r["eval_success"] is not None
-    )
-    print(
-        f"held-out success {first['eval_success']:.3f} -> {last['eval_success']:.3f} "
-        f"(± {last['eval_success_se']:.3f}) in {run.config.steps} steps of {run.config.budget} rollouts; "
-        f"model in {run.out}/final, picture in {run.out}/dashboard.png"
-    )
+    last = run.recent[-1]
+    print(f"held-out success {last['eval_success']:.3f} ± {last['eval_success_se']:.3f} after {last['step']} "
+          f"steps; model in {run.out}/final, picture in {run.out}/dashboard.png")  # fmt: skip
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------------
@@ -523,6 +517,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+# Settings that are more than a word or a number. A path that exists is stored as an absolute one.
+READ = dict.fromkeys(("model", "tasks", "reward"), evaluate.path_or_name)
+READ["chat_template_kwargs"] = evaluate.json_object
+
+
 # The command line -> (what was given, all arguments). Bad words are a ValueError.
 def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
     defaults = "Defaults stand in brackets: those of --model tiny | those of any other --model."
@@ -536,10 +535,8 @@ def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
             add(flag(f.name), action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         text += f" [{tiny}]" if tiny == large else f" [{tiny} | {large}]"
-        kinds = {"chat_template_kwargs": evaluate.json_object}
-        kinds |= dict.fromkeys(("model", "tasks", "reward"), evaluate.path_or_name)
-        add(flag(f.name), type=kinds.get(f.name, type(tiny)), default=argparse.SUPPRESS, help=text)
-    path = lambda text: Path(text).expanduser()  # noqa: E731
+        add(flag(f.name), type=READ.get(f.name, type(tiny)), default=argparse.SUPPRESS, help=text)
+    path = evaluate.file_path
     add("--out", type=path, help="run folder [runs/MODEL-ALLOCATOR-seedSEED]")
     add("--resume", type=path, metavar="DIR", help="go on with the run in DIR")
     add("--compare", type=path, nargs="+", metavar="RUN", help="draw runs on one picture, --out PNG")

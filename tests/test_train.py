@@ -162,3 +162,67 @@ def test_large_models_take_the_large_column():
     assert (tiny.tasks, large.tasks) == ("arithmetic", "dapo17k")
     assert large.lr == 2e-6 and large.max_new_tokens == 1024 and large.minibatches == 8
     assert "boxed" in large.instruction and tiny.instruction == ""
+
+
+def test_two_runs_at_the_same_moment_have_two_folders(tmp_path):
+    """Catches: two processes that take the same free name, or one that deletes the other's folder."""
+    flags = ["--steps", "1", "--prompts", "4", "--budget", "8", "--held-out", "4", "--eval-samples", "1"]
+    processes = [subprocess.Popen(command(*flags, "--engine", "hf"), cwd=tmp_path) for _ in range(3)]
+    assert [p.wait(timeout=300) for p in processes] == [0, 0, 0]
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["tiny-knapsack-seed0", "tiny-knapsack-seed0-2", "tiny-knapsack-seed0-3"]
+    for name in names:
+        assert len(rows(tmp_path / "runs" / name / "metrics.jsonl")) == 2
+
+
+def test_a_run_that_goes_on_is_the_longer_run(runs, tasks_file, tmp_path):
+    """--resume with more steps, from another working folder, by a version with a setting that the run does
+    not have: Catches paths that hold in one folder only, a config.json of yesterday that is refused."""
+    run = tmp_path / "run"
+    shorter = [*FLAGS, "--steps", "4", "--tasks", os.path.relpath(tasks_file, ROOT), "--out", run]
+    assert train(*shorter).returncode == 0
+    config = json.loads((run / "config.json").read_text())
+    del config["reward"], config["limit"]
+    (run / "config.json").write_text(json.dumps(config))
+    done = train("--resume", run, "--steps", STEPS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    longer, ours = (rows(r / "groups.jsonl") for r in (runs["knapsack"], run))
+    assert longer == ours
+    weights = [r / "final" / "model.safetensors" for r in (runs["knapsack"], run)]
+    assert filecmp.cmp(*weights, shallow=False)
+
+
+def test_the_large_models_run_is_allocated():
+    """The defaults of --model NAME, on made-up outcomes: from the second visit on the counts follow them.
+    Catches: defaults under which no problem is met twice."""
+    import numpy as np
+
+    import knapsack
+    import train as module
+
+    c = module.settings({"model": "Qwen2.5-Math-1.5B"})
+    tasks, tracker, rng = list(range(c.limit)), knapsack.SuccessTracker(), np.random.default_rng(0)
+    p = rng.beta(0.5, 0.8, len(tasks))
+    flat, visits = [], np.zeros(len(tasks))
+    for step in range(1, c.steps + 1):
+        ids = module.batch_of(tasks, step, c)
+        counts = module.ALLOCATORS[c.allocator](tracker, ids, c)
+        visits[ids] += 1
+        if visits[ids].min() > 1:
+            flat.append(len(set(counts)) == 1)
+        tracker.update(ids, rng.binomial(counts, p[ids]), counts)
+    assert visits.min() >= 6 and len(flat) > 150 and np.mean(flat) < 0.1
+
+
+def test_long_prompts_are_left_out(tmp_path):
+    """Catches: one long row that refuses the whole file, or moves the ids of the others."""
+    sums = [f"{a}+{b}=" for a in range(1, 7) for b in range(1, 7)]
+    texts = [*sums[:10], "+".join("1" * 40) + "=", *sums[10:]]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"prompt": t, "answer": "2"}) + "\n" for t in texts))
+    flags = ["--tasks", path, "--max-prompt-tokens", "20", "--steps", "1", "--prompts", "4", "--budget", "8"]
+    done = train(
+        *flags, "--held-out", "4", "--eval-samples", "1", "--engine", "hf", "--out", tmp_path / "run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 tasks have prompts of more than 20 tokens and are left out" in done.stdout

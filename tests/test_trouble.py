@@ -39,7 +39,7 @@ def test_cut_responses_and_lost_entropy_show_in_each_line(main, tmp_path):
     """Catches: a run whose answers are all cut, or that explores nothing, and looks healthy."""
     shutil.copytree(rollout.TINY, tmp_path / "sure")
     weights = load_file(tmp_path / "sure" / "model.safetensors")
-    weights["model.norm.weight"] *= 1000  # it always says the same
+    weights["model.norm.weight"] *= 100  # it always says the same
     save_file(weights, tmp_path / "sure" / "model.safetensors", metadata={"format": "pt"})
     flags = ["--model", tmp_path / "sure", "--tasks", "arithmetic", "--limit", 40, "--steps", 1]
     _, said = main(*SMALL, *flags, "--out", tmp_path / "run", "--max-new-tokens", 1)
