@@ -25,8 +25,8 @@ def test_training_commands_parse():
     for flags in commands:
         words = shlex.split(flags)
         if "--help" not in words:
-            config, _ = train.parse_args(words)
-            train.check(config)
+            given, _ = train.parse_args(words)
+            train.check(train.settings(given))
 
 
 def test_files_that_are_named_exist():
@@ -55,8 +55,10 @@ def test_evidence():
             if name != "uniform"
             else ""
         )
-        cells += [f"{evidence.mean_of('main', name, f'effective_{k}'):.2f}" for k in ("rollouts", "prompts")]
-        of = [r for r in evidence.load("main") if r["name"] == name]
+        cells += [
+            f"{evidence.tens('main', name, f'effective_{k}').mean():.2f}" for k in ("rollouts", "prompts")
+        ]
+        of = evidence.load("main", name)
         cells += [f"{sum(r['solved'][-1] for r in of) / 8:.0f}", f"{max(r['largest'] for r in of)}"]
         assert "| " + " | ".join(cells) + " |" in README, cells
     difference = evidence.curves("long", "drifting")[1] - base
