@@ -41,7 +41,7 @@ def evaluate(sampler, tasks: list[Task], prompts: dict, judge, samples: int, see
     """Asks every task `samples` times -> (right, rollouts). right: (M, samples) of 0 and 1; a graded
     reward is right above 0.5. prompts: token ids by task id. judge: see reward.grade."""
     rollouts = sampler.sample([prompts[t.id] for t in tasks], [samples] * len(tasks), seed)
-    asked = [tasks[r.group] for r in rollouts]
+    asked = [tasks[r.group] for r in rollouts]  # M x samples, task after task
     rewards = reward.grade(judge, asked, [r.text for r in rollouts])  # (M x samples,)
     return (rewards > 0.5).astype(float).reshape(len(tasks), samples), rollouts
 
@@ -52,7 +52,7 @@ def pass_at_k(n, c, k) -> np.ndarray:
     if (k < 1).any() or (k > n).any() or (c < 0).any() or (c > n).any():
         raise ValueError("pass_at_k needs 1 <= k <= n and 0 <= c <= n: take more samples or a smaller k")
     # Chen et al. 2021: 1 - C(n-c, k) / C(n, k) = 1 - prod_{j=0}^{k-1} (n-c-j) / (n-j)
-    j = np.arange(int(k.max(initial=1)))
+    j = np.arange(int(k.max(initial=1)))  # the product's index, a new last axis
     wrong = np.clip(n[..., None] - c[..., None] - j, 0, None)  # that are still to be drawn
     factors = np.where(j < k[..., None], wrong / np.maximum(n[..., None] - j, 1), 1.0)
     return 1.0 - factors.prod(-1)
@@ -66,16 +66,18 @@ def measures(right: np.ndarray, tokens: np.ndarray, finished: np.ndarray) -> dic
     return {
         f"avg@{samples}": correct / samples,
         **{f"pass@{k}": pass_at_k(samples, correct, k) for k in ks},
+        # Three shares that add up to 1. Only the middle one is a mixed group.
         "always_solved": correct == samples,
         "sometimes_solved": (correct > 0) & (correct < samples),
         "never_solved": correct == 0,
         "tokens": tokens.mean(1),
-        "truncated": 1 - finished.mean(1),
+        "truncated": 1 - finished.mean(1),  # cut by the length limit
     }
 
 
+# Means of resampled problems, (M,) -> (draws,). The same seed draws the same problems, so that a
+# difference of two models is taken on the same ones.
 def bootstrap(per_problem: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray:
-    """Means of `draws` resamples of the problems, (M,) -> (draws,). One seed draws the same problems."""
     picks = np.random.default_rng(seed).integers(len(per_problem), size=(draws, len(per_problem)))
     return per_problem[picks].mean(1)
 
@@ -89,7 +91,7 @@ def difference(ours: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> dic
     """ours - first, paired by problem: the mean, and the bootstrap's 95% interval."""
     result = {}
     for name in ours:
-        d = ours[name].astype(float) - first[name]  # (M,)
+        d = ours[name].astype(float) - first[name]  # (M,): hard and easy problems cancel
         low, high = np.percentile(bootstrap(d), [2.5, 97.5])
         result[name] = {"mean": float(d.mean()), "low": float(low), "high": float(high)}
     return result
@@ -175,11 +177,12 @@ def check(args) -> None:
 def prepare(args) -> tuple[list[Task], list[dict], dict]:
     check(args)
     tasks = reward.load_tasks(args.tasks)
-    if args.held_out:
+    if args.held_out:  # the same split as train.py's
         tasks = reward.split_held_out(tasks, args.held_out, seed=0)[1]
     tasks = tasks[: args.limit]
     engine, why = rollout.choose_engine(args.engine)
     print(f"sampling with {engine} ({why})")
+    # One length limit for all models, or their scores could not be compared.
     models, limit = [], args.max_new_tokens or 1024
     words = (args.instruction, args.chat, json.loads(args.chat_template_kwargs))
     for name in dict.fromkeys(args.model):  # a name that is given twice counts once
@@ -192,7 +195,7 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
         enough = room >= (args.max_new_tokens or 1)
         need(enough, f"--model {name}: {full}: lower --max-new-tokens or shorten the prompts")
         limit, weights = min(limit, room), weights_of(path, config)
-        # A row is what is recorded of a question, but for the completions.
+        # A row is what is recorded of a question. Its completions come later.
         rows = [{"model": name, "weights": weights, "id": t.id, "answer": t.answer} for t in tasks]
         for row in rows:
             row["prompt"] = tokenizer.decode(prompts[row["id"]])
@@ -207,10 +210,11 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
 def weights_of(path: str, config) -> str:
     if not Path(path).is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
+    # Names lie: RUN/final is written anew by the next run there.
     digest, files = hashlib.sha256(), sorted(Path(path).glob("*.safetensors"))
     need(files, f"--model {path}: no weights there (*.safetensors)")
     for file in files:
-        digest.update(np.memmap(file, mode="r"))
+        digest.update(np.memmap(file, mode="r"))  # gigabytes are never in memory at once
     return digest.hexdigest()[:16]
 
 
@@ -233,7 +237,7 @@ def read_record(path: Path, settings: dict) -> dict[tuple, list[dict]]:
     if not path.is_file():
         return {}
     with path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+        file.truncate(file.read().rfind(b"\n") + 1)  # new lines must not be glued to it
     rows = list(each_row(path))
     for number, row in enumerate(rows, start=1):
         ours = {"completions", "prompt"} if number > 1 else {"settings"}
@@ -251,6 +255,7 @@ def open_sampler(model: dict, settings: dict, trust: bool):
         weights, tokenizer = rollout.load_model(path, trust)
         return rollout.HFSampler(weights.to(rollout.device()), tokenizer, *limits)
     _, tokenizer = rollout.load_config(path, trust)
+    # There is no trainer beside it, so the engine may have most of the GPU.
     more = {"max_prompt_tokens": model["longest"], "gpu_memory": 0.85, "trust_remote_code": trust}
     with rollout.loading(path):
         return rollout.VLLMSampler(path, tokenizer, *limits, **more)
@@ -272,7 +277,7 @@ def ask(model: dict, tasks, settings: dict, trust: bool, judge, done: dict, file
             {"right": bool(v), "tokens": len(r.response_ids), "finished": r.finished, "text": r.text}
             for v, r in zip(right.flat, rollouts, strict=True)
         ]
-        for place in getattr(judge, "no_verdict", ()):
+        for place in getattr(judge, "no_verdict", ()):  # out of time: neither right nor wrong
             completions[place]["right"] = None
         for i, row in enumerate(rows):
             if key(row) not in done:
@@ -288,10 +293,10 @@ def results(models: list[dict], done: dict) -> list[dict]:
     found, first = [], None
     for model in models:
         answers = [done[key(row)] for row in model["rows"]]
+        # None becomes NaN: there was no verdict.
         got = [[(c["right"], c["tokens"], c["finished"]) for c in of_problem] for of_problem in answers]
-        # (M, samples) each. right is NaN where there was no verdict; that is not right.
-        right, tokens, finished = np.moveaxis(np.array(got, dtype=float), -1, 0)
-        numbers = measures(np.nan_to_num(right), tokens, finished)
+        right, tokens, finished = np.moveaxis(np.array(got, dtype=float), -1, 0)  # (M, samples) each
+        numbers = measures(np.nan_to_num(right), tokens, finished)  # no verdict is not right
         scores = {k: {"mean": float(x.mean()), "se": bootstrap_se(x)} for k, x in numbers.items()}
         row = model["rows"][0]
         result = {"model": row["model"], "weights": row["weights"], "first_prompt": row["prompt"]}
@@ -314,7 +319,7 @@ def table(found: list[dict]) -> str:
         d = r["minus_first"].values()
         cells = [f"{x['mean']:+.3f} [{x['low']:+.3f}, {x['high']:+.3f}]" for x in d]
         columns.append([f"{r['model']} - {first['model']}", *cells, ""])
-    widths = [max(map(len, column)) for column in columns]
+    widths = [max(map(len, column)) for column in columns]  # the first to the left, others right
     rows = zip(*columns, strict=True)
     return "\n".join("  ".join([n.ljust(widths[0]), *map(str.rjust, c, widths[1:])]) for n, *c in rows)
 
@@ -328,11 +333,11 @@ def main(argv=None) -> None:
         tasks, models, settings = prepare(args)
         done = read_record(record, settings)
         judge = judge_of(args.reward, "" if args.lenient else args.instruction)
-        from tqdm import tqdm
+        from tqdm import tqdm  # only now: a wrong flag has been answered
 
         total = len(models) * len(tasks)
         with record.open("a", encoding="utf-8") as file, tqdm(total=total, unit="problem") as bar:
-            if file.tell() == 0:
+            if file.tell() == 0:  # the first line says how the others were made
                 print(json.dumps({"settings": settings}), file=file, flush=True)
             for model in models:
                 ask(model, tasks, settings, args.trust_remote_code, judge, done, file, bar)
@@ -345,6 +350,7 @@ def main(argv=None) -> None:
     if args.out:
         command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
         settings |= {"tasks": args.tasks, "held_out": args.held_out, "limit": args.limit}
+        # What else would be needed to make the same numbers again.
         versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "math-verify")}
         whole = {"command": command, "settings": settings, "versions": versions, "results": found}
         replace_file(args.out, lambda part: part.write_text(json.dumps(whole, indent=2) + "\n"))
@@ -387,14 +393,15 @@ def smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
     return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
 
 
+# Axes to draw on. The file is there, whole, when the block has ended; its suffix is its format.
 @contextlib.contextmanager
 def picture(path: Path, rows: int, columns: int):
-    """Axes to draw on; the file is there, whole, when the block has ended, in its suffix's format."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no screen is needed
     import matplotlib.pyplot as plt
 
+    # Less ink: no box, a faint grid.
     bare = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     plt.rcParams.update(bare | {"axes.titlesize": 11, "axes.titleweight": "bold"})
     fig, axes = plt.subplots(rows, columns, figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
@@ -423,7 +430,7 @@ def draw_runs(runs: list[Path], path: Path) -> None:
         need(there, f"{run}: no config.json, metrics.jsonl and groups.jsonl of at least one step there")
     need(path.parent.is_dir() and not path.is_dir(), f"--out {path}: name a picture in a folder that exists")
     with picture(path, 2, 3) as (fig, axes):
-        *panels, last = axes.flat
+        *panels, last = axes.flat  # five metrics, and the allocation
         # The look is the allocator's, the marker the run's.
         for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
             c, rows = json.loads((run / "config.json").read_text()), list(each_row(run / "metrics.jsonl"))
@@ -436,11 +443,12 @@ def draw_runs(runs: list[Path], path: Path) -> None:
             for axis, (name, title) in zip(panels, PANELS.items(), strict=True):
                 here = [i for i, r in enumerate(rows) if r[name] is not None]
                 x, y = spent[here], np.array([rows[i][name] for i in here])
-                if name == "eval_success":
+                if name == "eval_success":  # few points, each with its standard error
                     axis.errorbar(x, y, [rows[i]["eval_success_se"] for i in here], **style)
                 else:
-                    y = y if name == "distinct_solved" else smooth(y)
+                    y = y if name == "distinct_solved" else smooth(y)  # shares jump from step to step
                     axis.plot(x, y, markevery=max(1, len(x) // 8), **style)
+                # One run's titles say what its panels found.
                 change = f" {round(y[0], 2):g} → {round(y[-1], 2):g}" if len(runs) == 1 else ""
                 axis.set(title=title + change, xlabel="rollouts spent")
             # Each prompt's newest visit, if it was in the last thousand steps.
@@ -451,7 +459,7 @@ def draw_runs(runs: list[Path], path: Path) -> None:
             last.plot(p, n, **style | {"linestyle": "", "alpha": 0.4})
             last.set(title=f"Rollouts a prompt, {n.min():.0f} to {n.max():.0f}", ylabel="rollouts")
         last.set(xlabel="estimated success (newest visit)", xlim=(0, 1))
-        last.set_yscale("log", base=2)
+        last.set_yscale("log", base=2)  # n_max is 64 times n_min
         last.yaxis.set_major_formatter("{x:g}")
         for axis in panels:  # once all runs are drawn, or the first one would fix the top
             axis.set_ylim(bottom=0)

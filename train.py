@@ -139,7 +139,8 @@ def train(run: Run) -> None:
 
     import grpo
 
-    c, clock, stop, done = run.config, Clock(), asked_to_stop(), run.state["step"]
+    c, clock, stop = run.config, Clock(), asked_to_stop()
+    done = run.state["step"]  # 0 for a new run
     run.bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
     if done == 0:  # row 0 is the untouched model
         row = {"step": 0, "budget": c.budget, "distinct_solved": 0} | held_out_success(run, 0)
@@ -161,7 +162,7 @@ def train(run: Run) -> None:
         clock.lap("sample")
         group = np.array([r.group for r in rollouts])  # (R,) in 0 .. M-1
         rewards = reward.grade(run.judge, [tasks[g] for g in group], [r.text for r in rollouts])  # (R,)
-        row = step_metrics(rewards, group, rollouts)
+        row = step_metrics(rewards, group, rollouts)  # what the log and the pictures are made of
         clock.lap("verify")
 
         # 3. Learn. A group whose rewards are all equal has zero advantages and costs nothing here.
@@ -169,6 +170,7 @@ def train(run: Run) -> None:
         row["logprob_gap"] = canary(run.model, rollouts, c, grpo.token_logprobs)
         run.sampler.sleep()  # on one GPU the update needs the engine's memory
         clock.lap("sync")
+        # The learning rate rises on a line, and stays.
         row["lr"] = c.lr * min(1.0, step / max(1, c.warmup_steps))
         run.optimizer.param_groups[0]["lr"] = row["lr"]
         row |= grpo.update(
@@ -176,6 +178,7 @@ def train(run: Run) -> None:
             tokens_per_microbatch=c.tokens_per_microbatch, seed=step_seed(c.seed, step),
             checkpointing=c.checkpointing, clip_low=c.clip_low, clip_high=c.clip_high,
         )  # fmt: skip
+        # Several minibatches: pi_old stays the policy that sampled, and the clip holds the others near it.
         clock.lap("update")
         run.sampler.sync(run.model)  # from here on it samples from the new weights
         clock.lap("sync")
@@ -183,7 +186,7 @@ def train(run: Run) -> None:
         # 4. Remember who solved what. A graded reward counts as a success above 0.5.
         successes = np.bincount(group, rewards > 0.5, minlength=len(ids)).astype(int)  # (M,)
         run.tracker.update(ids, successes, counts)
-        solved = run.tracker.solved([t.id for t in run.train_tasks])  # (tasks,) ever
+        solved = run.tracker.solved([t.id for t in run.train_tasks])  # (tasks,): ever
         row |= {"step": step, "budget": len(rollouts), "distinct_solved": int(solved.sum())}
 
         # 5. Report; then keep what an interruption would lose.
@@ -204,23 +207,23 @@ def train(run: Run) -> None:
 
 
 # ---- 1. Which prompts ---------------------------------------------------------------------------------
+# The M tasks of step 1, 2, ...: shuffled epochs, one after the other, the same for every allocator.
 def batch_of(train_tasks: list, step: int, c: Config) -> list:
-    """The M tasks of step 1, 2, ...: shuffled epochs, one after the other, the same for every allocator."""
-    per_epoch = len(train_tasks) // c.prompts
+    per_epoch = len(train_tasks) // c.prompts  # steps
     epoch, k = divmod(step - 1, per_epoch)
     order = np.random.default_rng([c.seed, epoch]).permutation(len(train_tasks))
     return [train_tasks[i] for i in order[k * c.prompts : (k + 1) * c.prompts]]
 
 
+# Everything random in a step follows from (seed, step), so a resumed run needs no generator.
 def step_seed(seed: int, step: int) -> int:
-    """Everything random in a step follows from (seed, step), so a resumed run needs no generator."""
     return seed * 1_000_003 + step
 
 
 # ---- 2. What came of it -------------------------------------------------------------------------------
+# What a step's rewards (R,) say. effective_rollouts and effective_prompts always stand together:
+# moving rollouts into groups that end up mixed is not the same as having more mixed groups.
 def step_metrics(rewards, group, rollouts) -> dict:
-    """What a step's rewards (R,) say. effective_rollouts and effective_prompts always stand together:
-    moving rollouts into groups that end up mixed is not the same as having more mixed groups."""
     by_group = [rewards[group == g] for g in np.unique(group)]  # M arrays
     n = np.array([len(r) for r in by_group])  # (M,)
     mean = np.array([r.sum() / len(r) for r in by_group])  # (M,)
@@ -254,12 +257,12 @@ BLOWN_UP = "training has blown up: start again with a lower --lr, or from an ear
 CANARY_BOUND = {"cpu": 1e-3, "cuda": 0.3}
 
 
+# Mean |log-prob of the trainer - log-prob of the sampler| over four rollouts. It is rounding, unless
+# the sampler's weights are stale: then it jumps to whole nats, and the run must stop.
 def canary(model, rollouts, c: Config, token_logprobs) -> float:
-    """Mean |log-prob of the trainer - log-prob of the sampler| over four rollouts. It is rounding, unless
-    the sampler's weights are stale: then it jumps to whole nats, and the run must stop."""
     import torch
 
-    few = rollouts[:: max(1, len(rollouts) // 4)][:4]
+    few = rollouts[:: max(1, len(rollouts) // 4)][:4]  # from all over the batch
     sampled = np.concatenate([r.logprobs for r in few])  # (tokens,)
     if not np.isfinite(sampled).all():
         raise RunStopped(f"the model's log-probs are not finite; {BLOWN_UP}")
@@ -267,9 +270,9 @@ def canary(model, rollouts, c: Config, token_logprobs) -> float:
         ours = token_logprobs(model, few, c.temperature).cpu().numpy()  # (tokens,)
     gap, bound = float(np.abs(ours - sampled).mean()), CANARY_BOUND[model.device.type]
     if not gap < bound:
+        far = f"{gap:.3g} nats from the trainer's on average (bound {bound})"
         raise RunStopped(
-            f"the sampler's log-probs are {gap:.3g} nats from the trainer's on average (bound "
-            f"{bound}): it samples from other weights. The last checkpoint is sound."
+            f"the sampler's log-probs are {far}: it samples from other weights. The last checkpoint is sound."
         )
     return gap
 
@@ -285,12 +288,12 @@ def log(out: Path, name: str, row: dict) -> None:
     """Every row of a run goes through here; `name` is metrics, groups or samples. To send rows to
     TensorBoard or W&B too, add it here (tutorial/9_use_it_elsewhere.md has the lines)."""
     with (out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.write(json.dumps(row, allow_nan=False) + "\n")  # NaN is no JSON: others could not read it
 
 
+# Mean success over the held-out problems, and its standard error. The seed is always the same: with
+# the same random numbers, two evaluations differ by the model alone.
 def held_out_success(run: Run, step: int) -> dict[str, float]:
-    """Mean success over the held-out problems, and its standard error. The seed is always the same: with
-    the same random numbers, two evaluations differ by the model alone."""
     c, k = run.config, run.config.eval_samples
     run.sampler.temperature = c.eval_temperature
     right, rollouts = evaluate.evaluate(
@@ -309,8 +312,8 @@ def held_out_success(run: Run, step: int) -> dict[str, float]:
     return {"eval_success": float(right.mean()), "eval_success_se": evaluate.bootstrap_se(right.mean(1))}
 
 
+# One tidy line a step.
 def describe(row: dict, steps: int) -> str:
-    """One tidy line a step."""
     text = (
         f"step {row['step']:>{len(str(steps))}}/{steps}  reward {row['reward_mean']:.3f}  "
         f"effective rollouts {row['effective_rollouts']:.2f} prompts {row['effective_prompts']:.2f}  "
@@ -326,7 +329,7 @@ class Clock(defaultdict):
     def __init__(self):
         import torch
 
-        super().__init__(float)
+        super().__init__(float)  # a stage that is new has taken 0.0 seconds
         self.gpu, self.last = torch.cuda.is_available() and torch.cuda, time.perf_counter()
 
     def lap(self, name: str) -> None:
@@ -357,7 +360,7 @@ def hopeless(rows) -> str | None:
     if len(rows) >= 3 and all(r["steps_skipped"] for r in rows[-3:]):
         return f"the loss or its gradient was not finite three steps in a row; {BLOWN_UP}"
     if len(rows) < PATIENCE or any(r["effective_rollouts"] for r in rows):
-        return None
+        return None  # there was a gradient
     right = np.mean([r["all_right"] for r in rows])
     advice = f"bring {'harder' if right > 0.5 else 'easier'} tasks, or raise --budget"
     shares = f"{right:.0%} all right and the rest all wrong"
@@ -369,7 +372,7 @@ def asked_to_stop() -> list:
     asked: list[int] = []  # the signals that came
 
     def ask(number, frame) -> None:
-        if asked:
+        if asked:  # whoever asks twice is in a hurry
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
         asked.append(number)
@@ -388,7 +391,7 @@ def keep(run: Run, row: dict, stop: list, clock: Clock) -> None:
     stopping = bool(stop)  # read once: a signal from here on waits for the next step
     trouble = hopeless(run.recent)
     ending = step < c.steps and (stopping or trouble)
-    best = success is not None and success > run.state["best"][0]
+    best = success is not None and success > run.state["best"][0]  # of equal ones the first
     if best:
         run.state["best"] = (success, step)
     if step % c.save_every == 0 or step == c.steps or best or ending:
@@ -417,8 +420,8 @@ def finish(run: Run) -> None:
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------------
+# SHA256SUMS of everything in a folder, as the sha256sum command writes and checks it.
 def checksums(folder: Path) -> str:
-    """SHA256SUMS of everything in a folder, as the sha256sum command writes and checks it."""
     lines = []
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "SHA256SUMS":
@@ -428,10 +431,10 @@ def checksums(folder: Path) -> str:
     return "".join(lines)
 
 
+# A folder to write into. It is renamed to `folder` once all of it is on the disk, so that a kill at
+# any moment leaves either nothing under that name or all of it. OSError if a write fails.
 @contextlib.contextmanager
 def written_aside(folder: Path):
-    """A folder to write into. It is renamed to `folder` once all of it is on the disk, so that a kill at
-    any moment leaves either nothing under that name or all of it. OSError if a write fails."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -447,9 +450,9 @@ def written_aside(folder: Path):
         raise
 
 
+# checkpoint/step-NNNNNN: the model, the optimizer, and the rest as JSON. No pickle: loading one
+# cannot run code. No generator and no position in the data: both follow from (seed, step).
 def save_checkpoint(run: Run) -> None:
-    """checkpoint/step-NNNNNN: the model, the optimizer, and the rest as JSON. No pickle: loading one
-    cannot run code. No generator and no position in the data: both follow from (seed, step)."""
     import torch
     from safetensors.torch import save_file
 
@@ -460,21 +463,22 @@ def save_checkpoint(run: Run) -> None:
     with written_aside(folder / f"step-{step:06d}") as part:
         run.model.save_pretrained(part)
         run.tokenizer.save_pretrained(part)
+        # AdamW's moments are tensors by parameter and name; safetensors takes a flat table.
         moments, groups = run.optimizer.state_dict().values()
         flat = {f"{i}.{name}": x.contiguous() for i, of in moments.items() for name, x in of.items()}
         save_file(flat, part / "optimizer.safetensors")
         state = run.state | {"tracker": run.tracker.state_dict(), "optimizer": groups}
         (part / "state.json").write_text(json.dumps(state))
     # Only now do older ones go: all but the last two and the best.
-    steps = sorted(folder.glob("step-??????"))
+    steps = sorted(folder.glob("step-??????"))  # whole ones have no suffix
     broken = {path for path in folder.iterdir() if path.suffix}  # .part and .damaged
     for old in {*steps[:-2], *broken} - {folder / f"step-{best:06d}"}:
         shutil.rmtree(old)
 
 
+# The newest whole checkpoint and its state; (None, {}) if there is none. One that is damaged or was
+# not written to its end is named, and put aside until the next one is saved.
 def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
-    """The newest whole checkpoint and its state; (None, {}) if there is none. One that is damaged or was
-    not written to its end is named, and put aside until the next one is saved."""
     for path in sorted((out / "checkpoint").glob("step-*"), reverse=True):
         sums = path / "SHA256SUMS"
         if path.suffix == "" and sums.is_file() and sums.read_bytes() == checksums(path).encode():
@@ -486,13 +490,13 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
     return None, {}
 
 
+# What save_checkpoint made flat, back in the optimizer.
 def load_optimizer(optimizer, checkpoint: Path, groups: list) -> None:
-    """What save_checkpoint made flat, back in the optimizer."""
     from safetensors.torch import load_file
 
     moments: dict[int, dict] = defaultdict(dict)
     for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
-        i, _, of = name.partition(".")
+        i, _, of = name.partition(".")  # "7.exp_avg": of parameter 7
         moments[int(i)][of] = tensor
     optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
 
@@ -502,12 +506,12 @@ def load_optimizer(optimizer, checkpoint: Path, groups: list) -> None:
 def cut_back(out: Path, last: int) -> list[dict]:
     for name, first in (("samples", None), ("groups", 1), ("metrics", 0)):
         path = out / f"{name}.jsonl"
-        path.touch()
+        path.touch()  # a run that is new has none yet
         rows = [r for r in evaluate.each_row(path) if r["step"] <= last and last > 0]
         expected = range(first or 0, last + 1) if last else []
         whole = first is None or [r["step"] for r in rows] == list(expected)
         need(whole, f"{path} lacks steps before the checkpoint: put it back, or start a new run")
-        with path.open("r+b") as file:
+        with path.open("r+b") as file:  # the rows that stay are not written again
             file.truncate(sum(len(file.readline()) for _ in rows))
     return rows[1:][-PATIENCE:]  # metrics, without the untouched model's
 
@@ -527,10 +531,11 @@ def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
     defaults = "Defaults stand in brackets: those of --model tiny | those of any other --model."
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=defaults, formatter_class=raw)
-    parser.error = lambda message: need(False, message)
+    parser.error = lambda message: need(False, message)  # one line, as all errors here
     add = parser.add_argument
     for f in dataclasses.fields(Config):
         tiny, large, text = f.metadata["tiny"], f.metadata["large"], f.metadata["help"]
+        # What is not on the command line is not in `args`: that tells it from a default.
         if isinstance(tiny, bool):
             add(flag(f.name), action="store_true", default=argparse.SUPPRESS, help=text)
             continue
@@ -576,13 +581,13 @@ def prepare(c: Config) -> tuple[list, list]:
     check(c)
     rollout.resolve_model(c.model)
     tasks = reward.load_tasks(c.tasks)
-    n_held_out = c.held_out or min(256, len(tasks) // 5)
+    n_held_out = c.held_out or min(256, len(tasks) // 5)  # more would cost time at each evaluation
     few = f"{len(tasks)} tasks are too few for {c.prompts} prompts and {n_held_out} held out: lower those"
     need(0 < n_held_out <= len(tasks) - c.prompts, f"--tasks {c.tasks}: {few}, or bring more tasks")
     # One split and one choice for every seed, so that seeds differ by their training alone.
     train_tasks, held_out = reward.split_held_out(tasks, n_held_out, seed=0)
     chosen = np.random.default_rng(0).permutation(len(train_tasks))[: c.limit or None]
-    return [train_tasks[i] for i in sorted(chosen)], held_out
+    return [train_tasks[i] for i in sorted(chosen)], held_out  # sorted: the file's order
 
 
 # The settings of a run. One that is newer than the run takes the embedded model's default, which
@@ -651,8 +656,8 @@ def open_new(c: Config, wanted: Path | None) -> Run:
         raise
 
 
+# The run to resume, from its newest whole checkpoint; None if it is finished.
 def open_old(given: dict, args) -> Run | None:
-    """The run to resume, from its newest whole checkpoint; None if it is finished."""
     out, c = args.resume, read_config(args.resume)
     need(args.out in (None, out), "--resume goes on in its own folder: drop --out")
     trusted = given.get("trust_remote_code") or not c.trust_remote_code
@@ -678,8 +683,8 @@ def open_old(given: dict, args) -> Run | None:
     return set_up(now, out, held, *tasks, checkpoint, state | saved)
 
 
+# Loads what takes seconds, and finds everything that can be wrong with it: a ValueError each.
 def set_up(c: Config, out: Path, held, train_tasks, held_out, checkpoint: Path | None, state: dict) -> Run:
-    """Loads what takes seconds, and finds everything that can be wrong with it: a ValueError each."""
     # Ragged batches leave holes of all sizes in a GPU's memory. torch reads this at its first use.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
@@ -710,7 +715,7 @@ def set_up(c: Config, out: Path, held, train_tasks, held_out, checkpoint: Path |
     model.to(rollout.device())
     sampler.sync(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0)
-    tracker = knapsack.SuccessTracker()
+    tracker = knapsack.SuccessTracker()  # discount, prior_strength and drift are chosen here
     if checkpoint:
         load_optimizer(optimizer, checkpoint, state.pop("optimizer"))
         tracker.load_state_dict(state.pop("tracker"))
