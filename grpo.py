@@ -3,34 +3,26 @@
 A group is the rollouts of one prompt, however many: `group[r]` names the prompt of
 rollout r. Tokens are kept flat, (N,), so there is no padding to mask.
 
-    advantages = group_advantages(rewards, group)           # (R,), 0 in silent groups
-    stats = update(model, optimizer, rollouts, advantages)  # the model is better now
+    advantages = group_advantages(rewards, group)  # (R,), 0 in silent groups
+    stats = update(model, optimizer, rollouts, advantages)
 
 >>> group_advantages([1.0, 0.0, 1.0, 1.0], group=[7, 7, 9, 9]).round(3)
 array([ 0.707, -0.707,  0.   ,  0.   ])
 
-The paper calls it GRPO. Each piece, and whose formula it is:
+Each piece, and whose formula it is:
 
-    group_advantages   (r - mean) / std in a group: GRPO (DeepSeekMath, Sec. 4.1)
+    group_advantages   (r - mean) / std: GRPO (DeepSeekMath, Sec. 4.1)
     ratio, clip        PPO's with two ends: clip-higher (DAPO, Sec. 3.1)
     dual clip          a bound where A < 0 (Ye et al. 2020)
-    / n_tokens         1 / sum of |o|, outside all sums: token mean (DAPO, Sec. 3.3)
-    silent groups      DAPO (Sec. 3.2) samples on until every group is mixed; the
-                       paper's knapsack buys fewer silent ones; `update` skips them
-    importance weight  pi_trainer / pi_sampler, truncated at 2: the paper's settings
-                       name it, its code never applies it; here it is applied
+    / n_tokens         1 / sum of |o|: token mean (DAPO, Sec. 3.3)
+    silent groups      DAPO (Sec. 3.2) samples until all groups are mixed; the
+                       knapsack buys fewer silent ones; `update` skips them
+    importance weight  pi_trainer / pi_sampler, truncated at 2: in the paper's
+                       settings, but not applied in its code; here it is
     no KL              as in DAPO (Sec. 2.3) and the paper
 
-A token's loss is proportional to its A, so other losses are other advantages. For M
-prompts, R rollouts, lengths T (R,), sizes n (R,) of each one's group (chapter 5):
-
-    GRPO's sequence mean     advantages * T.mean() / T
-    a mean over each prompt  advantages * R / M / n
-    Dr. GRPO, L a constant   kind="centred", advantages * T.mean() / L
-    RLOO                     kind="leave-one-out"
-    KL(pi, pi_ref)           advantages - beta * group_advantages(sum_t log pi / pi_ref,
-                             group, clip=inf, kind="leave-one-out"); chapter 5 has also
-                             GRPO's k3 = r - 1 - log r, r = pi_ref / pi, a loss
+A token's loss is proportional to its A, so GRPO's sequence mean, Dr. GRPO, RLOO and
+a KL to a reference are other advantages: chapter 5 of the tutorial.
 """
 
 from __future__ import annotations
@@ -48,28 +40,25 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-# torch >= 2.11 takes cuDNN's attention first on Hopper. With a mask its gradient can be
-# NaN (pytorch#196678), and it plans anew for each length: off, for the whole process.
+# cuDNN's attention, torch's first choice on Hopper, plans anew for each length, and its
+# gradient with a mask can be NaN (pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# ------------------------------------------------------------------------- advantages
+# ---- advantages ----
 def group_advantages(rewards, group, eps=1e-6, clip=5.0, kind="scaled") -> np.ndarray:
     """How much better each rollout did than its own group, clipped to +-clip.
 
-    rewards (R,) finite numbers; group (R,) integer labels in any order (ValueError).
-    Returns (R,) float64, exactly 0 in groups of one and silent groups (rewards equal).
-    """
+    rewards (R,), group (R,) labels in any order. Returns (R,) float64, exactly 0
+    where all rewards of a group are equal."""
     rewards, group = np.asarray(rewards, dtype=np.float64), np.asarray(group)
-    if rewards.ndim != 1 or rewards.shape != group.shape:
-        raise ValueError(f"rewards {rewards.shape} and group {group.shape} must both be (R,)")
-    if not np.isfinite(rewards).all():
-        raise ValueError("rewards must be finite: look at the verifier")
+    if rewards.ndim != 1 or rewards.shape != group.shape or not np.isfinite(rewards).all():
+        raise ValueError("rewards and group must be (R,) each, and rewards finite")
     _, g, n = np.unique(group, return_inverse=True, return_counts=True)  # (R,), (M,)
     A = rewards - (np.bincount(g, rewards) / n)[g]  # (R,)
     others = np.maximum(n - 1, 1)  # (M,)
     if kind == "scaled":
-        # GRPO: (r - mean) / std, the unbiased one (n - 1) as in the paper's code.
+        # GRPO: (r - mean) / std, with n - 1 as in the paper's code
         A = A / (np.sqrt(np.bincount(g, A**2) / others)[g] + eps)
     elif kind == "leave-one-out":
         # RLOO: r - mean of the others = (r - mean) n / (n - 1)
@@ -80,21 +69,20 @@ def group_advantages(rewards, group, eps=1e-6, clip=5.0, kind="scaled") -> np.nd
     some = np.zeros(len(n))
     some[g] = rewards  # (M,) one reward of each group
     mixed = np.bincount(g, rewards != some[g]) > 0  # (M,)
-    return np.where(mixed[g], np.clip(A, -clip, clip), 0.0)
+    return np.where(mixed[g], A.clip(-clip, clip), 0.0)
 
 
-# ------------------------------------------------------------------ log-probabilities
+# ---- log-probabilities ----
 def token_logprobs(
     model, rollouts: Sequence, temperature=1.0, share_prompts=True, bfloat16=None
 ) -> torch.Tensor:
     """log pi(token | prompt, tokens before it) of every response token.
 
-    rollouts: R records with `group`, `prompt_ids`, `response_ids` (as sampled).
-    Returns (N,), N = all response tokens, rollout after rollout; gradients flow.
-    temperature: the sampler's. The policy was softmax(logits / temperature).
+    rollouts: R records with `prompt_ids` and `response_ids`. Returns (N,), all
+    response tokens, rollout after rollout; gradients flow.
+    temperature: the sampler's, whose policy is softmax(logits / temperature).
     share_prompts: run each prompt once, if the model's cache allows it.
     bfloat16: products in bfloat16, weights in float32. None: on a GPU only.
-    A model not seen before goes through `check_logprobs` first (ValueError).
     """
     if model not in _CHECKED:
         check_logprobs(model, temperature)
@@ -108,32 +96,31 @@ def token_logprobs(
         return _head(model.get_output_embeddings(), hidden, targets, temperature)
 
 
-def _padded(sequences: Sequence, device, side: str = "right"):
+def _padded(rows, device, side="right"):
     """Token ids and mask (1: a token), both (rows, longest)."""
     pad = partial(pad_sequence, batch_first=True, padding_side=side)
-    ids = [torch.tensor(s, dtype=torch.long) for s in sequences]
+    ids = [torch.tensor(row) for row in rows]
     return pad(ids).to(device), pad([torch.ones_like(x) for x in ids]).to(device)
 
 
-def _plain_pass(decoder, rollouts, device) -> torch.Tensor:
-    """Hidden states that predict the response tokens, (N, H): a row for a rollout."""
-    ids, _ = _padded([(*r.prompt_ids, *r.response_ids) for r in rollouts], device)  # (R, L)
+def _plain_pass(decoder, rollouts, device):
+    """Hidden states that predict the response tokens, (N, H): a row a rollout."""
+    ids, _ = _padded([(*r.prompt_ids, *r.response_ids) for r in rollouts], device)
     kinds = [[0] * len(r.prompt_ids) + [1] * len(r.response_ids) for r in rollouts]
     is_response, _ = _padded(kinds, device)  # (R, L)
-    # No mask goes in: the causal order hides padding on the right, and without a mask
-    # the fastest attention kernel may be taken.
+    # The causal order hides padding on the right; without a mask the fastest
+    # attention kernel may be taken.
     hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (R, L, H)
     return hidden[:, :-1][is_response[:, 1:].bool()]  # column t predicts token t + 1
 
 
-def _shared_pass(decoder, rollouts, device) -> torch.Tensor:
+def _shared_pass(decoder, rollouts, device):
     """The same with each prompt computed once: G P + R T tokens, not R (P + T).
 
     The G prompts run first. Their keys and values are repeated over the rollouts, and
-    the responses run on top of them. All of it stays in the graph: gradients flow back
-    through the repetition and add up."""
+    the responses run on top of them. Gradients flow back through the repetition."""
     prompt = [tuple(r.prompt_ids) for r in rollouts]
-    row_of = {ids: i for i, ids in enumerate(dict.fromkeys(prompt))}  # the distinct ones
+    row_of = {ids: i for i, ids in enumerate(dict.fromkeys(prompt))}
 
     # 1. The prompts, padded on the left, so that all end in the same column.
     ids, prompt_mask = _padded(list(row_of), device, side="left")  # (G, P)
@@ -143,7 +130,7 @@ def _shared_pass(decoder, rollouts, device) -> torch.Tensor:
     last, cache = out.last_hidden_state[:, -1:], out.past_key_values  # (G, 1, H)
 
     # 2. The responses, in slices of r rollouts of like length.
-    found: dict[int, torch.Tensor] = {}  # rollout -> (T, H)
+    found = {}  # rollout -> (T, H)
     T = [len(r.response_ids) for r in rollouts]
     for part in _slices(T):
         ids, mask = _padded([rollouts[i].response_ids for i in part], device)  # (r, T)
@@ -160,29 +147,28 @@ def _shared_pass(decoder, rollouts, device) -> torch.Tensor:
             past = prompt_mask[rows]  # (r, P)
             both = torch.cat([past, torch.ones_like(ids[:, 1:])], dim=1)  # (r, P + T - 1)
             place = both.cumsum(1)[:, past.shape[1] :] - 1  # (r, T - 1)
-            settings = dict(attention_mask=both, position_ids=place, past_key_values=repeated)
-            later = run(input_ids=ids[:, :-1], **settings).last_hidden_state
-            hidden = torch.cat([hidden, later], dim=1)  # (r, T, H)
+            where = dict(attention_mask=both, position_ids=place)
+            out = run(input_ids=ids[:, :-1], past_key_values=repeated, **where)
+            hidden = torch.cat([hidden, out.last_hidden_state], dim=1)  # (r, T, H)
         found |= zip(part, hidden[mask.bool()].split([T[i] for i in part]), strict=True)
     return torch.cat([found[i] for i in range(len(rollouts))])
 
 
 def _slices(lengths: Sequence[int], waste=0.05, least=256) -> Iterator[list[int]]:
-    """Indices, longest first, cut where padding would exceed the share `waste`; but a
-    slice of fewer than `least` tokens is not worth a pass of its own."""
+    """Indices, longest first, cut where padding would exceed the share `waste`; but
+    fewer than `least` tokens are not worth a pass of their own."""
     part, real = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        padded = (len(part) + 1) * lengths[part[0] if part else i]
-        if part and padded > least and real + lengths[i] < (1 - waste) * padded:
-            yield part
-            part, real = [], 0
-        part.append(i)
         real += lengths[i]
-    if part:
-        yield part
+        padded = (len(part) + 1) * lengths[part[0] if part else i]
+        if part and padded > least and real < (1 - waste) * padded:
+            yield part
+            part, real = [], lengths[i]
+        part.append(i)
+    yield part
 
 
-def _head(head, hidden, targets, temperature, chunk=None) -> torch.Tensor:
+def _head(head, hidden, targets, temperature, chunk=None):
     """log softmax(head(hidden) / temperature) at the targets: (N, H), (N,) -> (N,)."""
     # 2^28 logits are 1 GiB in float32; smaller chunks would leave a GPU idle.
     chunk = chunk or (2**28 if hidden.is_cuda else 2**25)
@@ -193,16 +179,15 @@ def _head(head, hidden, targets, temperature, chunk=None) -> torch.Tensor:
 
 
 class _Head(torch.autograd.Function):
-    """N x V logits never live at once: they are computed n rows at a time, and again in
-    the backward pass, where the head's gradient adds up in place. At N = 4096 and
-    V = 151,936 this peaks at 1.4 GB, whole logits at 7.5 (tests/bench/bench_grpo.py);
-    torch's own checkpoint holds three copies of that gradient."""
+    """N x V logits never live at once: n rows at a time are computed, and again in the
+    backward pass. At N = 4096 and V = 151,936 this peaks at 1.4 GB, not at 7.5."""
 
     @staticmethod
-    def log_softmax(h, weight, bias, temperature) -> torch.Tensor:
+    def log_softmax(h, weight, bias, temperature):
         logits = torch.nn.functional.linear(h, weight, bias)
         # Softmax in float32 or better, whatever the products are.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(dtype).div_(temperature)
         return logits.sub_(logits.logsumexp(1, keepdim=True))  # (n, V)
 
     @staticmethod
@@ -220,7 +205,7 @@ class _Head(torch.autograd.Function):
         temperature, n = ctx.settings
         to_hidden, to_weight = [], torch.zeros_like(weight, dtype=grad.dtype)
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
-        for h, t, g in zip(hidden.split(n), targets.split(n), grad.split(n), strict=True):
+        for h, t, g in zip(*(x.split(n) for x in (hidden, targets, grad)), strict=True):
             # d log p_target / d logits = (one-hot of the target - p) / temperature
             d = _Head.log_softmax(h, weight, bias, temperature).exp_()  # (n, V)
             d.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None]).div_(temperature)
@@ -235,62 +220,54 @@ class _Head(torch.autograd.Function):
         return torch.cat(to_hidden), to_weight, to_bias, None, None, None
 
 
-_CHECKED = WeakKeyDictionary()  # models seen before -> whether prompts can be shared
+_CHECKED = WeakKeyDictionary()  # model -> whether prompts can be shared
 
 
 def check_logprobs(model, temperature: float = 1.0) -> float:
     """The largest gap, in nats, between both passes and what the model itself says.
 
-    softmax(head(hidden)) is silently wrong where a model caps or scales its logits
-    after the head (Gemma 2, Granite). ValueError if the gap exceeds 1e-3 (rounding in
-    float32 stays below 1e-4). It draws no random number and costs a few dozen tokens.
-    """
+    Where a model caps or scales its logits after the head (Gemma 2, Granite), they
+    would be silently wrong: ValueError above 1e-3 (rounding stays below 1e-4)."""
     unfit = f"{type(model).__name__} is not supported:"
     decoder, own = model.get_decoder(), model.get_output_embeddings
     if getattr(decoder, "get_output_embeddings", own)() is not None:
         raise ValueError(f"{unfit} its get_decoder() is not its decoder")
-    # One row of tokens, cut into three rollouts: (end of prompt, end of response).
-    V, cuts = model.get_input_embeddings().num_embeddings, [(8, 16), (4, 16), (4, 7)]
-    row = [(7 * i + 3) % V for i in range(16)]
-    rollouts = [SimpleNamespace(group=p, prompt_ids=row[:p], response_ids=row[p:end]) for p, end in cuts]
+    V = model.get_input_embeddings().num_embeddings
+    row = [(7 * i + 3) % V for i in range(16)]  # of it three rollouts:
+    cuts = [(8, 16), (4, 16), (4, 7)]  # the prompt's end, the response's end
+    cut = [SimpleNamespace(prompt_ids=row[:p], response_ids=row[p:e]) for p, e in cuts]
     weight, gaps = next(model.parameters()), []
     awake = [m for m in model.modules() if m.training]
     model.eval()  # no dropout here
-    try:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            out = model(input_ids=torch.tensor([row], device=weight.device), use_cache=True)
-            logp = (out.logits[0].float() / temperature).log_softmax(1)  # (L, V)
-            logp = logp[range(15), row[1:]]  # (L - 1,)
-            truth = torch.cat([logp[p - 1 : end - 1] for p, end in cuts])  # (N,)
-            # Only keys and values can be repeated. The state of a convolution or of a
-            # recurrence (Mamba, Qwen3-Next) is not one entry a token.
-            layers = getattr(getattr(out, "past_key_values", None), "layers", [None])
-            plain = [hasattr(x, "keys") and not hasattr(x, "conv_states") for x in layers]
-            _CHECKED[model] = all(plain)
-            for share in (False, True):
-                got = token_logprobs(model, rollouts, temperature, share, False)
-                gaps.append((got - truth).abs().max().item())
-    finally:
-        for module in awake:
-            module.training = True
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        out = model(input_ids=torch.tensor([row], device=weight.device), use_cache=True)
+        logp = (out.logits[0].float() / temperature).log_softmax(1)  # (L, V)
+        logp = logp[range(15), row[1:]]
+        truth = torch.cat([logp[p - 1 : e - 1] for p, e in cuts])  # (N,)
+        # Only keys and values can be repeated, not the state of a recurrence.
+        layers = getattr(out.get("past_key_values"), "layers", [None])
+        plain = [hasattr(x, "keys") and not hasattr(x, "conv_states") for x in layers]
+        _CHECKED[model] = all(plain)
+        for share in (False, True):
+            got = token_logprobs(model, cut, temperature, share, bfloat16=False)
+            gaps.append((got - truth).abs().max().item())
+    for module in awake:
+        module.training = True
     if max(gaps) > max(1e-3, 40 * torch.finfo(weight.dtype).eps):
         del _CHECKED[model]
-        why = "does it cap or scale logits after its head?"
-        raise ValueError(f"{unfit} log-probs are {max(gaps):.2g} nats off ({why})")
+        raise ValueError(f"{unfit} its log-probs are {max(gaps):.2g} nats off")
     return max(gaps)
 
 
-# ------------------------------------------------------------------------------- loss
+# ---- loss ----
 def clipped_loss(
     logp, old_logp, advantages, n_tokens: float, sampler_logp=None,
     clip_low=0.2, clip_high=0.28, dual_clip=10.0, max_importance=2.0,
 ) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
-    """The PPO-clip policy loss, summed over these tokens, over n_tokens.
+    """The PPO-clip policy loss of these tokens, and sums over them for the log.
 
-    The tensors are (N,), and only logp carries a gradient. n_tokens counts the whole
-    minibatch, skipped rollouts too, so that a cut into microbatches changes nothing.
-    Returns the loss, and sums over tokens for the log.
-    """
+    The tensors are (N,). n_tokens counts the whole minibatch, skipped rollouts too,
+    so that a cut into microbatches changes nothing."""
     A = advantages
     ratio = (logp - old_logp).exp()  # pi_now / pi_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -303,19 +280,19 @@ def clipped_loss(
     # min(pi_old / pi_sampler, max_importance), a weight without a gradient.
     weight = (old_logp - sampler_logp).exp().clamp(max=max_importance).detach()
     loss = (weight * loss).sum() / n_tokens
-    with torch.no_grad():
-        log_r = logp - sampler_logp
-        return loss, {
-            # A clip acts only where it lowers what the step could still gain.
-            "clip_low": ((A < 0) & (ratio < 1 - clip_low)).sum().item(),
-            "clip_high": ((A > 0) & (ratio > 1 + clip_high)).sum().item(),
-            "entropy_live": -logp.sum().item(),
-            # k3 = r - 1 - log r estimates KL(sampler, now), r = pi_now / pi_sampler.
-            "kl": (log_r.exp() - 1 - log_r).sum().item(),
-        }
+    log_r = (logp - sampler_logp).detach()
+    sums = {
+        # A clip acts only where it lowers what the step could still gain.
+        "clip_low": (A < 0) & (ratio < 1 - clip_low),
+        "clip_high": (A > 0) & (ratio > 1 + clip_high),
+        "entropy_live": -logp,
+        # k3 = r - 1 - log r estimates KL(sampler, now), r = pi_now / pi_sampler.
+        "kl": log_r.exp() - 1 - log_r,
+    }
+    return loss, {name: x.sum().item() for name, x in sums.items()}
 
 
-# ----------------------------------------------------------------------------- update
+# ---- update ----
 def update(
     model, optimizer, rollouts: Sequence, advantages: np.ndarray, minibatches=1,
     temperature=1.0, max_grad_norm=1.0, tokens_per_microbatch=16384, seed=0,
@@ -326,19 +303,18 @@ def update(
     rollouts: R records with group, prompt_ids, response_ids, logprobs (the sampler's).
     advantages (R,): where A = 0 the loss is 0 whatever the model says. Such rollouts
     are not computed, but their tokens count in the token mean.
-    checkpointing: keep what enters each layer and compute the rest again: less memory,
-    a third more time. loss_settings go to `clipped_loss`. A step whose loss or gradient
-    is not finite is not taken. Returns steps_skipped, skipped_tokens (share not
-    computed) and, None where no step was taken, loss, grad_norm, and means over the
-    computed tokens: kl (to the sampler), entropy_live (-log pi), clip_low, clip_high.
-    """
+    checkpointing: less memory, a third more time. loss_settings: `clipped_loss`'s.
+
+    A step whose loss or gradient is not finite is not taken. Returns steps_skipped,
+    skipped_tokens (share not computed) and, None if no step was taken, loss, grad_norm
+    and means over the computed tokens: kl (to the sampler), entropy_live (-log pi),
+    clip_low, clip_high."""
     advantages = np.asarray(advantages, dtype=np.float64)
     if advantages.shape != (len(rollouts),):
-        raise ValueError(f"advantages {advantages.shape} must be ({len(rollouts)},)")
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        # 1 + 1e-6 is 1 in bfloat16: small steps would be lost.
-        raise ValueError("load the model in float32: only matrix products run in bfloat16")
-    device = next(model.parameters()).device
+        raise ValueError("pass one advantage a rollout")
+    weight = next(model.parameters())
+    if weight.dtype.itemsize < 4:  # 1 + 1e-6 is 1 in bfloat16: steps would be lost
+        raise ValueError("load the model in float32; its products run in bfloat16")
     T = np.array([len(r.response_ids) for r in rollouts])  # (R,)
     live = np.flatnonzero(advantages)
     if model not in _CHECKED:
@@ -350,10 +326,10 @@ def update(
         return token_logprobs(model, some, temperature, share, bfloat16)
 
     def flat(values):  # (N,)
-        return torch.tensor(np.concatenate(values), dtype=torch.float32, device=device)
+        return torch.tensor(np.concatenate(values), dtype=torch.float32).to(weight.device)
 
-    # 1. Shuffle the groups, lay their rollouts end to end, cut where each minibatch has
-    # its share of the tokens. A step is a list of microbatches (lists of rollouts).
+    # 1. Shuffle the groups, lay their rollouts end to end, cut where each minibatch
+    # has its share of the tokens. A step is a list of microbatches.
     labels, g = np.unique([rollouts[i].group for i in live], return_inverse=True)
     place = np.random.default_rng(seed).permutation(len(labels))[g]
     order = live[np.argsort(place, kind="stable")]
@@ -362,8 +338,7 @@ def update(
     dealt = [order[which == k] for k in np.unique(which)]
     steps = [list(microbatches(rollouts, x, tokens_per_microbatch, share)) for x in dealt]
 
-    # 2. pi_old is the policy before the first step. There it is the policy itself
-    # (None); the other steps need its log-probs.
+    # 2. pi_old is the policy before the first step, where it needs no pass (None).
     with torch.no_grad():
         old = [[logprobs(rows) if k else None for rows in x] for k, x in enumerate(steps)]
 
@@ -404,9 +379,9 @@ def update(
 
 @contextmanager
 def _layers_recomputed(model, on: bool):
-    """Activation checkpointing for one forward pass. transformers' own switch works in
-    training mode only, which wakes dropout; here each layer's `forward` is wrapped."""
-    mark = "_can_checkpoint_with_cache"  # of transformers' GradientCheckpointingLayer
+    """Activation checkpointing for one forward pass. transformers' own switch needs
+    training mode, which wakes dropout; here each layer's `forward` is wrapped."""
+    mark = "_can_checkpoint_with_cache"  # of its GradientCheckpointingLayer
     layers = [m for m in model.modules() if on and hasattr(m, mark)]
     if on and not layers:
         raise ValueError(f"{type(model).__name__} does not support checkpointing")
@@ -419,12 +394,12 @@ def _layers_recomputed(model, on: bool):
             del layer.forward
 
 
-def sharing_wins(rollouts, rows: np.ndarray) -> bool:
+def sharing_wins(rollouts, rows) -> bool:
     """Whether sharing prompts saves more tokens than a second pass and a mask cost."""
-    T = sum(len(rollouts[i].response_ids) for i in rows)
-    P = sum(len(rollouts[i].prompt_ids) for i in rows)
-    once = {rollouts[i].group: len(rollouts[i].prompt_ids) for i in rows}
-    return P - sum(once.values()) > 0.1 * (P + T)
+    some = [rollouts[i] for i in rows]
+    P = sum(len(r.prompt_ids) for r in some)
+    once = sum({r.group: len(r.prompt_ids) for r in some}.values())
+    return P - once > 0.1 * (P + sum(len(r.response_ids) for r in some))
 
 
 def microbatches(rollouts, rows, tokens: int, share_prompts=True) -> Iterator[list[int]]:
@@ -442,12 +417,10 @@ def microbatches(rollouts, rows, tokens: int, share_prompts=True) -> Iterator[li
     # longest + responses, whose padding `_shared_pass` keeps small.
     batch, groups, responses = [], set(), 0
     for i in sorted(P, key=lambda i: (P[i], rollouts[i].group, T[i], i)):
-        prompts = len(groups | {rollouts[i].group}) * P[i]
-        if batch and prompts + responses + T[i] > tokens:
-            yield batch
-            batch, groups, responses = [], set(), 0
-        batch.append(i)
         groups.add(rollouts[i].group)
         responses += T[i]
-    if batch:
-        yield batch
+        if batch and len(groups) * P[i] + responses > tokens:
+            yield batch
+            batch, groups, responses = [], {rollouts[i].group}, T[i]
+        batch.append(i)
+    yield batch
