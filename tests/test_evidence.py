@@ -1,7 +1,6 @@
 """tutorial/evidence.py: the recorded rows are what it would run, and its variants do what they say."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -157,29 +156,6 @@ def test_estimates_and_values():
     for _ in range(16):
         assert np.array_equal(stale(tracker, ids, c), unknown)
     assert np.array_equal(stale(tracker, ids, c), train.ALLOCATORS["knapsack"](tracker, ids, c))
-
-
-def test_report(monkeypatch, tmp_path, capsys):
-    """Catches: a report that stops at a part not run yet; tables and figures that fail on the day it is."""
-    (tmp_path / "figures").mkdir()
-    monkeypatch.setattr(evidence, "HERE", tmp_path)
-    evidence.report(None)
-    said = capsys.readouterr().out
-    assert "left out" not in said and "nan" not in said
-    assert all(
-        f"| {name} |" in said
-        for part in evidence.VARIANTS
-        for name in evidence.VARIANTS[part]
-        if ", uniform" not in name
-    )
-    assert sorted(p.stem for p in (tmp_path / "figures").iterdir()) == sorted(
-        name for name, _ in evidence.FIGURES.values()
-    )
-    rows = [json.dumps(row) for row in evidence.load() if (row["part"], row["seed"]) != ("budgets", 3)]
-    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "rows.jsonl")
-    evidence.RESULTS.write_text("\n".join(rows) + "\n")
-    evidence.report(None)
-    assert "budgets: 3 runs to go, left out" in capsys.readouterr().out
 
 
 def test_the_loss_is_changed(restored):

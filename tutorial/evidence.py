@@ -1,7 +1,7 @@
 """Does the knapsack train better? The runs behind chapters 7 and 8, one small JSON row each.
 
-    python tutorial/evidence.py run       # hours; goes on where it was
-    python tutorial/evidence.py report    # the tables and the figures
+    python tutorial/evidence.py run                              # hours; goes on where it was
+    python tests/test_tutorial.py tutorial/7_evidence.md         # the chapter's tables and figures, anew
 
 The parts, in this order; every run of a part spends the same number of rollouts unless it says so:
 
@@ -458,26 +458,20 @@ AGAINST = {"no fallback": ("main", "paper"), "filtered": ("main", "uniform")}
 AGAINST |= {n: ("ablations", f"{n}, uniform") for n in ("sequence mean", "4 a prompt", "16 a prompt")}
 
 
-# (name, compared with, rollouts, final (seeds,), differences (seeds,)) of each variant of a part. The
-# other curve is read where as much was spent, between two evaluations on a straight line.
-def changes(part) -> list[tuple]:
-    found = []
-    for name in VARIANTS[part]:
-        if not name.endswith("uniform"):
-            where, other = AGAINST.get(name, ("main", "knapsack"))
-            (spent, s), (at, base) = curves(part, name), curves(where, other)
-            same = [np.interp(spent[-1], at, b) for b in base[: len(s)]]  # main has more seeds
-            found.append((name, other, spent[-1], s[:, -1], s[:, -1] - same))
-    return found
-
-
+# A row a variant of a part. What it is compared with is read where as much was spent, between two
+# evaluations on a straight line.
 def change_table(part) -> str:
     lines = []
-    for name, other, spent, final, d in changes(part):
+    for name in VARIANTS[part]:
+        if name.endswith("uniform"):  # others are compared with it
+            continue
+        where, other = AGAINST.get(name, ("main", "knapsack"))
+        (spent, s), (at, base) = curves(part, name), curves(where, other)
+        same = [np.interp(spent[-1], at, b) for b in base[: len(s)]]  # main has more seeds
+        d = s[:, -1] - same  # (seeds,)
         effective = f"{tens(part, name, 'effective_rollouts').mean():.2f}"
-        lines.append(
-            [name, f"{spent:,.0f}", effective, with_error(final), other, with_error(d, "+.3f"), verdict(d)]
-        )
+        cells = [with_error(s[:, -1]), other, with_error(d, "+.3f"), verdict(d)]
+        lines.append([name, f"{spent[-1]:,.0f}", effective, *cells])
     head = "changed | rollouts | effective rollouts | held-out success | against | difference | "
     return table(head, lines)
 
@@ -551,45 +545,15 @@ def draw_budgets(path) -> None:
         a.legend(loc="lower right")
 
 
-# ---- The report ----------------------------------------------------------------------------------------
-TABLES = {
-    "main": (
-        lr_table,
-        partial(long_table, MAIN, "uniform"),
-        rollouts_table,
-        *(partial(groups_table, a) for a in ALLOCATORS[1:]),
-    ),
-    "long": (partial(long_table, LONG, "uniform", "knapsack"),),
-    **{part: (partial(change_table, part),) for part in ("estimates", "ablations", "budgets")},
-}
-FIGURES = {
-    "main": ("evidence", draw_main),
-    "long": ("estimates_decide", draw_long),
-    "budgets": ("budgets", draw_budgets),
-}
-
-
-def report(args) -> None:
-    for part, tables in TABLES.items():
-        missing = len(VARIANTS[part]) * len(SEEDS[part]) - len(load(part))
-        if missing:
-            print(f"{part}: {missing} runs to go, left out\n")
-            continue
-        print(part, *(text() for text in tables), "", sep="\n\n")
-        if part in FIGURES:
-            name, draw = FIGURES[part]
-            draw(HERE / "figures" / f"{name}.png")
-
-
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["run", "report"])
-    parser.add_argument("--parts", nargs="+", choices=SEEDS, help="of `run` [all]")
+    parser.add_argument("run", choices=["run"], help="so that nothing takes hours unasked")
+    parser.add_argument("--parts", nargs="+", choices=SEEDS, help="which of the above [all]")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="run folders [%(default)s]")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time [%(default)s]")
     args = parser.parse_args()
-    {"run": run, "report": report}[args.what](args)
+    run(args)
 
 
 if __name__ == "__main__":
