@@ -457,8 +457,8 @@ def draw_runs(runs: list[Path], path: Path) -> None:
                 newest |= zip(g["ids"], zip(g["estimate"], g["counts"], strict=True), strict=True)
             p, n = np.array(list(newest.values())).T
             last.plot(p, n, **style | {"linestyle": "", "alpha": 0.4})
-            last.set(title=f"Rollouts a prompt, {n.min():.0f} to {n.max():.0f}", ylabel="rollouts")
-        last.set(xlabel="estimated success (newest visit)", xlim=(0, 1))
+        last.set(title="Rollouts of each prompt", ylabel="rollouts", xlim=(0, 1))
+        last.set(xlabel="estimated success (newest visit)")
         last.set_yscale("log", base=2)  # n_max is 64 times n_min
         last.yaxis.set_major_formatter("{x:g}")
         for axis in panels:  # once all runs are drawn, or the first one would fix the top

@@ -173,12 +173,12 @@ def train(run: Run) -> None:
         # The learning rate rises on a line, and stays.
         row["lr"] = c.lr * min(1.0, step / max(1, c.warmup_steps))
         run.optimizer.param_groups[0]["lr"] = row["lr"]
+        # In all minibatches pi_old is the policy that sampled; the clip keeps the new one near it.
         row |= grpo.update(
             run.model, run.optimizer, rollouts, advantages, c.minibatches, c.temperature,
             tokens_per_microbatch=c.tokens_per_microbatch, seed=step_seed(c.seed, step),
             checkpointing=c.checkpointing, clip_low=c.clip_low, clip_high=c.clip_high,
         )  # fmt: skip
-        # Several minibatches: pi_old stays the policy that sampled, and the clip holds the others near it.
         clock.lap("update")
         run.sampler.sync(run.model)  # from here on it samples from the new weights
         clock.lap("sync")
