@@ -1,18 +1,18 @@
 """Rollouts: ragged groups of sampled responses, from transformers or from vLLM.
 
-Both samplers take prompts, how many responses each of them gets, and a seed. Both return
-the same flat list of records, so the engine is a choice and not a code path.
+Both samplers take prompts, how many responses each of them gets, and a seed. Both
+return the same flat list of records: the engine is a choice and not a code path.
 
     model, tokenizer = load_model(resolve_model("tiny"))
     prompts = encode_prompts(tokenizer, ["3+5=", "9+9="])
     sampler = HFSampler(model, tokenizer, max_new_tokens=32)
     rollouts = sampler.sample(prompts, counts=[8, 2], seed=0)  # 10 records
 
->>> Rollout(group=0, prompt_ids=(5, 14), response_ids=(8, 1), logprobs=(-0.1, 0.0), text="5").text
+>>> Rollout(0, prompt_ids=(5, 14), response_ids=(8,), logprobs=(-0.1,), text="5").text
 '5'
 
-The paper's name: the trajectories y_1 .. y_{N_i} ~ pi(. | x_i) of prompt i; N_i differs.
-M prompts, R rollouts, r rows in a batch, P prompt tokens, T new tokens, V vocabulary.
+The paper's trajectories y_1 .. y_{N_i} ~ pi(. | x_i) of prompt i. Letters: M prompts,
+R rollouts, r rows in a batch, P prompt tokens, T new tokens.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-# torch and transformers take seconds to import. What needs them imports them itself,
-# so that train.py can refuse a misspelt --model at once.
+# torch and transformers take seconds to import, so what needs them imports them
+# itself: train.py refuses a misspelt --model at once.
 TINY = Path(__file__).resolve().parent / "tutorial" / "tiny_model"
 
 
@@ -44,7 +44,7 @@ class Rollout:
     finished: bool = True  # False: cut by the length limit
 
 
-# ----------------------------------------------------------------- the model
+# ---- the model ----
 def resolve_model(name: str) -> str:
     """`tiny`, a folder, a hub id, or a bare Qwen name -> a folder or hub id."""
     folder = TINY if name == "tiny" else Path(name).expanduser()
@@ -52,9 +52,11 @@ def resolve_model(name: str) -> str:
         return str(folder)
     if folder.exists() or name.startswith(("/", ".", "~")):
         raise ValueError(f"--model {name}: not a folder with a config.json")
-    if name.count("/") == 1 or name.startswith("Qwen"):
-        return name if "/" in name else f"Qwen/{name}"
-    raise ValueError(f"--model {name}: not tiny, a folder, or a hub id such as Qwen/{name}")
+    # A hub id has an owner; Qwen's own models go without.
+    name = f"Qwen/{name}" if name.startswith("Qwen") and "/" not in name else name
+    if name.count("/") == 1:
+        return name
+    raise ValueError(f"--model {name}: not tiny, a folder, or a hub id: Qwen/{name}?")
 
 
 def device() -> str:
@@ -66,9 +68,9 @@ def device() -> str:
 @contextlib.contextmanager
 def loading(path: str):
     """Whatever stops transformers or vLLM in here is a ValueError of one line."""
-    # What they log besides, and the hub when it tries again without a network, is noise.
     import transformers
 
+    # What they log besides is noise.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel("ERROR")
@@ -80,62 +82,60 @@ def loading(path: str):
         raise ValueError(f"--model {path}: cannot be loaded ({reason})") from error
 
 
+def load_config(path: str, trust_remote_code: bool = False) -> tuple:
+    """(config, tokenizer): what can be checked before the weights are loaded."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    more = {"trust_remote_code": trust_remote_code}
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, **more)
+        return config, AutoTokenizer.from_pretrained(path, **more)
+
+
 def load_model(path: str, trust_remote_code: bool = False) -> tuple:
     """(model, tokenizer), in float32, on the CPU. ValueError in one line if it fails."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    trust = {"trust_remote_code": trust_remote_code}
+    config, tokenizer = load_config(path, trust_remote_code)
     with loading(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            use_safetensors=True,  # older formats can run code
-            ignore_mismatched_sizes=True,  # refused below
-            output_loading_info=True,
-            **trust,
-        )
+        # Formats older than safetensors can run code. Mismatches are refused below.
+        settings = dict(config=config, dtype=torch.float32, use_safetensors=True)
+        settings |= dict(ignore_mismatched_sizes=True, output_loading_info=True)
+        settings |= dict(trust_remote_code=trust_remote_code)
+        model, report = AutoModelForCausalLM.from_pretrained(path, **settings)
     # transformers fills what is missing or does not fit with random numbers.
     lost = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if lost:
         what = f"{min(lost)} and {len(lost) - 1} more are missing from its weights"
         raise ValueError(f"--model {path}: {what}, or not of its config.json's shape")
-    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-    if bad:
-        raise ValueError(f"--model {path}: its weights hold NaN or infinity, first in {bad[0]}")
-    # The folder's sampling settings are not used here, and some (a temperature without
-    # do_sample, as Llama 2's) could not be saved again. Its end tokens stay.
+    # A NaN would spread to every weight with the first step.
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            what = f"its weights hold NaN or infinity, first in {name}"
+            raise ValueError(f"--model {path}: {what}")
+    # The folder's sampling settings are not used, and some could not be saved again
+    # (Llama 2's temperature without do_sample). Its end tokens stay.
+    ends = model.generation_config.eos_token_id
     ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    ids["eos_token_id"] = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(**ids)
+    model.generation_config = GenerationConfig(eos_token_id=ends, **ids)
     # Without dropout: the trainer's log-probs must be the sampler's.
     return model.eval(), tokenizer
 
 
-def load_config(path: str, trust_remote_code: bool = False) -> tuple:
-    """(config, tokenizer): what can be checked before the weights are loaded."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    trust = {"trust_remote_code": trust_remote_code}
-    with loading(path):
-        config = AutoConfig.from_pretrained(path, **trust)
-        return config, AutoTokenizer.from_pretrained(path, **trust)
-
-
 def context_length(config) -> int:
     """The longest prompt and answer, in tokens, that the model computes right."""
-    text = config.get_text_config(decoder=True)  # multimodal wrappers keep it inside
+    text = config.get_text_config(decoder=True)  # of a multimodal wrapper
     rope = getattr(text, "rope_parameters", None) or {}
+    # Beyond the original length longrope's log-probs depend on a row's neighbours.
     if rope.get("rope_type") == "longrope":
-        # Beyond this a row's log-probs depend on how long its neighbours are.
         return rope["original_max_position_embeddings"]
     return getattr(text, "max_position_embeddings", None) or 2**30
 
 
-# --------------------------------------------------------------- the prompts
+# ---- the prompts ----
 def encode_prompts(tokenizer, texts: list[str], chat=False, template_kwargs=None) -> list:
-    """The token ids of each text; chat puts it into the model's chat template, which gets
+    """The token ids of each text. chat: inside the model's chat template, which gets
     template_kwargs, such as {"enable_thinking": False}, too."""
     from jinja2 import TemplateError
 
@@ -143,20 +143,19 @@ def encode_prompts(tokenizer, texts: list[str], chat=False, template_kwargs=None
         raise ValueError("--chat: the tokenizer has no chat template; drop the flag")
     if template_kwargs and not chat:
         raise ValueError("--chat-template-kwargs needs --chat")
-    settings = {"add_generation_prompt": True, **(template_kwargs or {}), "tokenize": False}
+    settings = {"add_generation_prompt": True} | (template_kwargs or {})
     # Some tokenizers append the end of sequence, after which nothing is left to say.
-    with_end, bare = (tokenizer("1", add_special_tokens=s)["input_ids"] for s in (True, False))
-    appended = with_end[-1:] == [tokenizer.eos_token_id] != bare[-1:]
+    appended = tokenizer("1")["input_ids"][-1:] == [tokenizer.eos_token_id]
     prompts = []
     for text in texts:
         if chat:
             try:
                 turns = [{"role": "user", "content": text}]
-                text = tokenizer.apply_chat_template(turns, **settings)
-            # What templates raise, and what their expressions do with odd arguments.
+                text = tokenizer.apply_chat_template(turns, **settings, tokenize=False)
+            # What templates raise, and what they do with odd arguments.
             except (TemplateError, TypeError, ValueError, LookupError) as error:
                 raise ValueError(f"--chat: the template fails: {error!r:.200}") from error
-        # A template writes its special tokens itself; a plain text gets the tokenizer's.
+        # A template writes its special tokens itself.
         ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
         prompts.append(ids[:-1] if appended and not chat else ids)
     return prompts
@@ -166,32 +165,28 @@ def encode_tasks(tokenizer, tasks, instruction="", chat=False, template_kwargs=N
     """{task.id: the token ids it is asked with}, an instruction on the line after it."""
     texts = [f"{t.prompt}\n{instruction}" if instruction else t.prompt for t in tasks]
     prompts = encode_prompts(tokenizer, texts, chat, template_kwargs)
-    # Where its files are missing, transformers makes an empty tokenizer without a word.
+    # Without its files transformers makes an empty tokenizer, without a word.
     if not all(prompts):
         empty = texts[prompts.index([])]
-        raise ValueError(f"the tokenizer makes nothing of {empty!r:.60}: is it the model's?")
+        raise ValueError(f"the tokenizer makes nothing of {empty!r:.60}: is it another's?")
     return {t.id: ids for t, ids in zip(tasks, prompts, strict=True)}
 
 
 def prompt_hint(tokenizer, chat: bool) -> str | None:
-    """A line for whoever asks an instruct model without --chat, or a base model with it."""
-    # A base model may have a template too, but one that never writes its end of sequence.
-    template, end = str(tokenizer.chat_template or ""), tokenizer.eos_token or "eos_token"
+    """A line for whoever asks an instruct model without --chat, or a base model with."""
+    # A base model's template never writes the model's end of sequence.
+    template, end = tokenizer.chat_template or "", tokenizer.eos_token or "eos_token"
     instruct = "eos_token" in template or end in template
-    if instruct and not chat:
-        return "is this an instruct model? It has a chat template: --chat"
-    if chat and not instruct:
-        return f"is this a base model? Its chat template never writes {end}"
-    return None
+    kind = "an instruct" if instruct else "a base"
+    return None if instruct == chat else f"is this {kind} model? Check --chat"
 
 
 def request_seeds(prompts: list, seed: int) -> list[int]:
-    """A 62-bit seed for each prompt."""
-    # Its ids decide, not its place in the batch. Equal prompts draw different rollouts.
+    """A 62-bit seed for each prompt, from its ids and not from its place."""
     seen, seeds = Counter(), []
     for ids in map(tuple, prompts):
         key = repr((int(seed), ids, seen[ids])).encode()
-        seen[ids] += 1
+        seen[ids] += 1  # equal prompts draw different rollouts
         digest = hashlib.blake2b(key, digest_size=8).digest()
         seeds.append(int.from_bytes(digest, "big") >> 2)
     return seeds
@@ -200,56 +195,54 @@ def request_seeds(prompts: list, seed: int) -> list[int]:
 def check_counts(prompts, counts) -> np.ndarray:
     counts = np.asarray(counts)
     whole = counts.shape == (len(prompts),) and counts.dtype.kind in "iu"
-    if not whole or (counts < 0).any():
-        raise ValueError(f"counts must be {len(prompts)} integers >= 0, one a prompt")
-    if not all(map(len, prompts)):
-        raise ValueError("an empty prompt: give every prompt at least one token")
+    if not whole or (counts < 0).any() or not all(map(len, prompts)):
+        n = len(prompts)
+        raise ValueError(f"counts must be {n} integers >= 0, and no prompt empty")
     return counts
 
 
-def records(tokenizer, prompts, group, responses, logprobs, finished) -> list[Rollout]:
-    # responses: R lists of token ids, and their log-probs, of prompts[group[r]].
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    rows = zip(group, responses, logprobs, texts, finished, strict=True)
+def records(tokenizer, prompts, group, ids, logprobs, finished) -> list[Rollout]:
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    rows = zip(group, ids, logprobs, texts, finished, strict=True)
     return [
-        Rollout(int(i), tuple(prompts[i]), tuple(ids), tuple(lp), text, done)
-        for i, ids, lp, text, done in rows
+        Rollout(int(i), tuple(prompts[i]), tuple(own), tuple(lp), text, done)
+        for i, own, lp, text, done in rows
     ]
 
 
-# -------------------------------------------------------------- transformers
+# ---- transformers ----
 class HFSampler:
-    """Samples with the trainer's own model: no second copy of the weights, never stale."""
+    """Samples with the trainer's own model: no copy of the weights, never stale."""
 
     # A bound for memory: rows x (prompt + max_new_tokens) that run together.
     tokens_in_flight = 2**17
 
-    def __init__(self, model, tokenizer, max_new_tokens: int, temperature: float = 1.0):
+    def __init__(self, model, tokenizer, max_new_tokens: int, temperature=1.0):
         import torch
 
         if temperature <= 0 or max_new_tokens < 1:
             raise ValueError("temperature must be > 0 and max_new_tokens >= 1")
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        eos = np.ravel(model.generation_config.eos_token_id).tolist()  # one, a list or None
+        eos = np.ravel(model.generation_config.eos_token_id).tolist()  # one, many, None
         self.end_ids = {*eos, tokenizer.eos_token_id} - {None}
-        # On Hopper cuDNN's attention would plan anew for each length, that is each token.
+        # On Hopper cuDNN's attention would plan anew for each length, so each token.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # Recurrent layers (Mamba, Qwen3.5, LFM2) keep a state besides keys and values, which
-        # transformers cannot split by rows. What the model returns tells, not its name.
+        # transformers cannot split the state of recurrent layers (Mamba, Qwen3.5) by
+        # rows. What the model returns tells, not its name.
         with torch.inference_mode():
             out = model(torch.tensor([[0]], device=model.device), use_cache=True)
         cache = out.get("past_key_values")
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [None])}
         self.cached = kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
         if not self.cached:
-            slow = "sampling reads each row anew for every token, which is exact and slow"
+            slow = "each row is read anew for every token, which is exact and slow"
             warnings.warn(f"this model's cache is not attention's: {slow}", stacklevel=2)
 
     def sample(self, prompts: list, counts, seed: int) -> list[Rollout]:
         """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts)."""
-        # Every row draws with uniform numbers (T,) of its own: the same seed gives the same
-        # rollouts, whatever else is in the batch. Rows of like prompt length run together.
+        # Every row draws with uniform numbers (T,) of its own, so a seed's rollouts do
+        # not depend on the batch. Rows of like prompt length run together.
         counts, T = check_counts(prompts, counts), self.max_new_tokens
         seeds = request_seeds(prompts, seed)
         rows = []
@@ -260,7 +253,7 @@ class HFSampler:
         while rows:
             P = np.array([len(prompts[i]) for i, _ in rows])  # ascending
             fits = np.arange(1, len(P) + 1) * (P + T) <= self.tokens_in_flight
-            # Without a cache nothing is padded: the prompts of a batch have one length.
+            # Without a cache nothing is padded: all prompts have one length.
             fits &= self.cached | (P == P[0])
             r = max(1, fits.sum())
             group, u = zip(*rows[:r], strict=True)
@@ -270,7 +263,7 @@ class HFSampler:
         return [rollout for rollouts in done for rollout in rollouts]
 
     def _generate(self, prompts, group, u: np.ndarray) -> list[Rollout]:
-        # A rollout of prompts[i] for each i in group (r,), from uniform numbers u (r, T).
+        # A rollout of prompts[i] for each i in group (r,), from uniforms u (r, T).
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -279,19 +272,20 @@ class HFSampler:
         end = torch.tensor(sorted(self.end_ids), device=where)
         responses, logps = [[] for _ in group], [[] for _ in group]
         rows = torch.arange(r, device=where)  # those that have not ended
-        # The prompts, each once, on a grid padded on the left: all end in its last column.
+        # The prompts, each once, padded on the left: all end in the last column.
         distinct = list(dict.fromkeys(group))
         texts = [torch.tensor(prompts[i]) for i in distinct]
         ids = pad_sequence(texts, True, -1, "left").to(where)  # (G, P)
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)
         expand = torch.tensor([distinct.index(i) for i in group], device=where)  # (r,)
         new, cache = ids, None
-        bfloat16 = torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda")
-        with torch.inference_mode(), bfloat16:
+        on = where.type == "cuda"
+        with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=on):
             for t in range(T):
                 # The model reads the prompts first, then the new token of each row.
-                position = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-                inputs = dict(input_ids=new, attention_mask=mask, position_ids=position)
+                # Padding does not count in the positions.
+                place = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+                inputs = dict(input_ids=new, attention_mask=mask, position_ids=place)
                 keep = dict(past_key_values=cache, use_cache=self.cached, logits_to_keep=1)
                 out = self.model(**inputs, **keep)
                 logits, cache = out.logits[:, -1].float(), out.get("past_key_values")
@@ -301,8 +295,8 @@ class HFSampler:
                     if self.cached:
                         cache.batch_select_indices(expand)
                 logp = (logits / self.temperature).log_softmax(-1)  # (rows, V)
-                # Inverse CDF: the first token whose cumulative probability exceeds u. Scaling
-                # by the last entry keeps u below it whatever rounding did to the sum.
+                # Inverse CDF: the first token whose cumulative probability exceeds u,
+                # which is scaled so that it stays below the sum as it was rounded.
                 cdf = logp.exp().cumsum(-1)
                 chosen = torch.searchsorted(cdf, u[rows, t, None] * cdf[:, -1:], right=True)
                 chosen = chosen.clamp(max=cdf.shape[1] - 1)  # (rows, 1)
@@ -325,7 +319,7 @@ class HFSampler:
         finished = [ids[-1] in self.end_ids for ids in responses]
         return records(self.tokenizer, prompts, group, responses, logps, finished)
 
-    # The weights are the trainer's: there is nothing to copy, to free or to shut down.
+    # The weights are the trainer's: there is nothing to copy, free or shut down.
     def sync(self, model) -> None:
         self.model = model
 
@@ -334,27 +328,20 @@ class HFSampler:
     def close(self) -> None: ...
 
 
-# ---------------------------------------------------------------------- vLLM
+# ---- vLLM ----
 class VLLMSampler:
-    """Samples with vLLM's engine, in this process, from the weights of the last sync(model),
+    """Samples with vLLM's engine, in this process, from the weights of the last sync,
     and at first from those at `path`. gpu_memory is its share of the GPU's memory."""
 
-    # One GPU has two tenants: sample, sleep(), update, sync(model), and so on. Build the
-    # sampler before the trainer's model moves there, as it measures what is free.
-    # Qwen2.5-Math-1.5B takes, in GB:
-    # - always 18.5: float32 weights 6.2, AdamW's moments 12.3;
-    # - to sample 25.5 more: bfloat16 weights 3.1, graphs 3, and keys and values 19.4
-    #   (512 rows of 1324 tokens, 28 KiB each);
-    # - to update 10.8 and activations: gradients 6.2, bfloat16 copies 3.1, the sleeping
-    #   engine 1.5.
-    # That fits 80 GB. It does not fit 24 GB; a 0.5B model, always 7.9, does.
+    # One GPU has two tenants: sample, sleep(), update, sync(model), and so on. Build
+    # the sampler before the trainer's model moves there, as it measures what is free.
 
     def __init__(
         self, path: str, tokenizer, max_new_tokens: int, temperature: float = 1.0,
         max_prompt_tokens: int = 2048, gpu_memory: float = 0.4, dtype: str | None = None,
         trust_remote_code: bool = False,
     ):  # fmt: skip
-        # One process, and quiet: both are read when vLLM is imported.
+        # One process, and quiet. vLLM reads both when it is imported.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import torch
@@ -367,8 +354,8 @@ class VLLMSampler:
         if self.gpu:
             settings |= dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
         else:
-            # Prefixes are shared in whole blocks, so short prompts need short ones. After
-            # half a prompt vLLM rewinds the random generator, which it cannot on a CPU.
+            # Prefixes are shared in whole blocks: short ones. After half a prompt vLLM
+            # rewinds the random generator, which it cannot on a CPU.
             settings |= dict(block_size=32, enable_chunked_prefill=False)
             settings |= dict(enforce_eager=True, kv_cache_memory_bytes=2**30)
         # In float32 a CPU's log-probs are within 1e-4 nats of the trainer's.
@@ -377,7 +364,7 @@ class VLLMSampler:
         self.llm = LLM(path, trust_remote_code=trust_remote_code, **settings)
         # torch keeps what the trainer has freed; the engine needs it to wake up.
         self.make_room = torch.cuda.empty_cache
-        # The model of the last sync, and a fingerprint of the weights it had then.
+        # The model of the last sync, and a fingerprint of its weights then.
         self.model, self.loaded, self.asleep = None, None, False
 
     def sample(self, prompts: list, counts, seed: int) -> list[Rollout]:
@@ -408,25 +395,25 @@ class VLLMSampler:
         group = np.repeat(np.arange(len(prompts)), counts)
         drawn = [o for out in outputs for o in sorted(out.outputs, key=lambda o: o.index)]
         responses = [o.token_ids for o in drawn]
+        # A dictionary a token: {id: log-prob}.
         steps = [zip(o.logprobs, o.token_ids, strict=True) for o in drawn]
         logps = [[at[token].logprob for at, token in step] for step in steps]
         finished = [o.finish_reason == "stop" for o in drawn]
         return records(self.tokenizer, prompts, group, responses, logps, finished)
 
     def sleep(self) -> None:
-        # Level 2 drops the weights too; sync brings new ones. Without a GPU nothing sleeps.
+        # Level 2 drops the weights too; sync brings new ones.
         if self.gpu and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
     def sync(self, model) -> None:
-        # Any float dtype will do. tests/test_vllm.py proves, for each version of vLLM, that
-        # all weights arrive.
+        # tests/test_vllm.py proves, for each version of vLLM, that all weights arrive.
         if self.asleep:
             self.make_room()
             self.llm.wake_up(["weights"])
-        # state_dict(), not named_parameters(): with tied embeddings the latter has no
-        # lm_head.weight, and vLLM would go on sampling from its old head without a word.
+        # named_parameters() has no lm_head.weight where it is tied to the embeddings,
+        # and vLLM would go on sampling from its old head without a word.
         weights = iter(model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.asleep:
@@ -446,8 +433,8 @@ class VLLMSampler:
 
 
 def fingerprint(model) -> list[float]:
-    # Eight entries of each parameter: no step of an optimizer leaves all of them alone.
-    # Autograd counts changes too, but fused optimizers do not move its count.
+    # Eight entries of each parameter: every step of an optimizer moves some. (Fused
+    # ones do not move autograd's count of changes.)
     import torch
 
     few = [p.detach().flatten()[:: -(-p.numel() // 8)] for p in model.parameters()]
@@ -465,12 +452,10 @@ def vllm_build() -> str | None:
 def choose_engine(wanted: str) -> tuple[str, str]:
     """'auto', 'vllm' or 'hf' -> (engine, why). ValueError if vLLM cannot run as asked."""
     build, gpu = vllm_build(), device() == "cuda"
-    if wanted == "auto" and build and gpu:
-        return "vllm", "it is installed and there is a GPU"
     if wanted == "auto":
-        return "hf", "there is no GPU for vLLM" if build else "vLLM is not installed"
-    if wanted == "vllm" and not build:
-        raise ValueError("--engine vllm: `pip install vllm==0.32.0` first, or --engine hf")
-    if wanted == "vllm" and build == "gpu" and not gpu:
-        raise ValueError("--engine vllm: it needs a GPU and there is none; use --engine hf")
+        # vLLM's build for CPUs is taken only where it is asked for.
+        engine = "vllm" if build and gpu else "hf"
+        return engine, f"vLLM: {build}, GPU: {gpu}"
+    if wanted == "vllm" and not (build == "cpu" or (build and gpu)):
+        raise ValueError("--engine vllm needs a GPU and `pip install vllm==0.32.0`")
     return wanted, "as asked"

@@ -170,7 +170,7 @@ def test_bad_counts_are_refused(loaded, prompts, counts):
 
 
 def test_an_empty_prompt_is_refused(loaded):
-    with pytest.raises(ValueError, match="empty prompt"):
+    with pytest.raises(ValueError, match="no prompt empty"):
         rollout.HFSampler(*loaded, max_new_tokens=3).sample([[]], [1], seed=0)
 
 
@@ -269,7 +269,7 @@ def test_a_loaded_model_can_be_saved(tmp_path, settings, ends):
         ("gpu", True, "hf", "hf"),
         ("cpu", False, "vllm", "vllm"),
         (None, True, "vllm", "pip install vllm"),
-        ("gpu", False, "vllm", "needs a GPU and there is none"),
+        ("gpu", False, "vllm", "needs a GPU and"),
     ],
 )
 def test_the_choice_of_the_engine(monkeypatch, build, gpu, wanted, engine):
