@@ -76,14 +76,12 @@ def group_advantages(rewards, group, eps=1e-6, clip=5.0, kind="scaled") -> np.nd
 def token_logprobs(
     model, rollouts: Sequence, temperature=1.0, share_prompts=True, bfloat16=None
 ) -> torch.Tensor:
-    """log pi(token | prompt, tokens before it) of every response token.
+    """log pi(token | prompt, tokens before it) of every response token: (N,).
 
-    rollouts: R records with `prompt_ids` and `response_ids`. Returns (N,), all
-    response tokens, rollout after rollout; gradients flow.
+    rollouts: R records with `prompt_ids` and `response_ids`.
     temperature: the sampler's, whose policy is softmax(logits / temperature).
     share_prompts: run each prompt once, if the model's cache allows it.
-    bfloat16: products in bfloat16, weights in float32. None: on a GPU only.
-    """
+    bfloat16: of the products, not of the weights. None: on a GPU only."""
     if model not in _CHECKED:
         check_logprobs(model, temperature)
     device = next(model.parameters()).device
@@ -116,9 +114,7 @@ def _plain_pass(decoder, rollouts, device):
 
 def _shared_pass(decoder, rollouts, device):
     """The same with each prompt computed once: G P + R T tokens, not R (P + T).
-
-    The G prompts run first. Their keys and values are repeated over the rollouts, and
-    the responses run on top of them. Gradients flow back through the repetition."""
+    Gradients flow back through the repeated keys and values."""
     prompt = [tuple(r.prompt_ids) for r in rollouts]
     row_of = {ids: i for i, ids in enumerate(dict.fromkeys(prompt))}
 
@@ -300,15 +296,14 @@ def update(
 ) -> dict[str, float | None]:  # fmt: skip
     """`minibatches` optimizer steps on one batch; pi_old stays fixed meanwhile.
 
-    rollouts: R records with group, prompt_ids, response_ids, logprobs (the sampler's).
+    rollouts: R records with group, prompt_ids, response_ids, logprobs.
     advantages (R,): where A = 0 the loss is 0 whatever the model says. Such rollouts
     are not computed, but their tokens count in the token mean.
     checkpointing: less memory, a third more time. loss_settings: `clipped_loss`'s.
 
     A step whose loss or gradient is not finite is not taken. Returns steps_skipped,
     skipped_tokens (share not computed) and, None if no step was taken, loss, grad_norm
-    and means over the computed tokens: kl (to the sampler), entropy_live (-log pi),
-    clip_low, clip_high."""
+    and token means: kl (to the sampler), entropy_live (-log pi), clip_low, clip_high."""
     advantages = np.asarray(advantages, dtype=np.float64)
     if advantages.shape != (len(rollouts),):
         raise ValueError("pass one advantage a rollout")
@@ -406,8 +401,7 @@ def microbatches(rollouts, rows, tokens: int, share_prompts=True) -> Iterator[li
     """Cut rows (indices) into lists of about `tokens` tokens, little of it padding."""
     P = {int(i): len(rollouts[i].prompt_ids) for i in rows}
     T = {int(i): len(rollouts[i].response_ids) for i in rows}
-    if not share_prompts:
-        # Rows of like length side by side: rows x the longest.
+    if not share_prompts:  # rows x the longest
         for part in _slices([P[i] + T[i] for i in P]):
             part = [int(rows[k]) for k in part]
             size = max(1, tokens // (P[part[0]] + T[part[0]]))
