@@ -47,7 +47,8 @@ import rollout
 from evaluate import need
 
 # ---- Who decides how many rollouts each prompt gets ---------------------------------------------------
-# name -> function(tracker, ids, config) -> counts (M,), with sum(counts) == config.budget.
+# name -> function(tracker, ids, config) -> counts: M whole numbers from config.n_min to config.n_max,
+# which add up to config.budget, unless the rule is to spend another sum (what was spent is logged).
 # To try a rule of your own, write such a function and add it here: --allocator NAME then takes it.
 ALLOCATORS = {
     "knapsack": lambda tracker, ids, c: knapsack.allocate(tracker.posterior(ids), c.budget, c.n_min, c.n_max),
@@ -76,7 +77,7 @@ class Config:
     chat_template_kwargs: str = setting("{}", "{}", 'JSON for that template, as {"enable_thinking": false}')
     trust_remote_code: bool = setting(False, False, "run code that comes with the model")
     # Who gets how many rollouts. The paper: 256 prompts, 8 a prompt on average, 2 to 128.
-    allocator: str = setting("knapsack", "knapsack", f"who decides that: {', '.join(ALLOCATORS)}")
+    allocator: str = setting("knapsack", "knapsack", f"who decides the counts: {', '.join(ALLOCATORS)}")
     steps: int = setting(100, 200, "training steps")
     prompts: int = setting(64, 64, "prompts a step (M)")
     budget: int = setting(512, 512, "rollouts a step, all prompts together (B)")
@@ -88,7 +89,7 @@ class Config:
     temperature: float = setting(1.0, 1.0, "of the sampling during training", 0.01)
     max_new_tokens: int = setting(40, 1024, "length limit of a response")
     max_prompt_tokens: int = setting(64, 2048, "tasks with a longer prompt are left out")
-    # The update. The large model's column is the paper's.
+    # The update. The large model's rate, clip and number of minibatches are the paper's.
     lr: float = setting(3e-4, 1e-6, "AdamW's learning rate", 1e-12, 1)
     warmup_steps: int = setting(10, 5, "steps over which the learning rate rises to --lr", 0)
     minibatches: int = setting(2, 8, "optimizer steps a batch of rollouts")
@@ -123,7 +124,7 @@ class Run:
     tracker: knapsack.SuccessTracker
     state: dict  # step (the last one that was done), best (held-out success, step), tasks (a hash)
     recent: list[dict]  # the newest metrics rows
-    held: object  # the lock on the folder, while this is open
+    locked: object  # the folder is, as long as this file is open
     bar: object = None  # the progress bar, and what prints above it
 
     def close(self) -> None:
@@ -153,7 +154,7 @@ def train(run: Run) -> None:
         tasks = batch_of(run.train_tasks, step, c)  # M of them
         ids = [t.id for t in tasks]
         p = run.tracker.estimate(ids)  # (M,) expected success, for the record
-        counts = ALLOCATORS[c.allocator](run.tracker, ids, c)  # (M,), sum = budget
+        counts = np.asarray(ALLOCATORS[c.allocator](run.tracker, ids, c))  # (M,), sum = budget
         clock.lap("allocate")
 
         # 2. Sample them, and judge what came.
@@ -173,7 +174,7 @@ def train(run: Run) -> None:
         # The learning rate rises on a line, and stays.
         row["lr"] = c.lr * min(1.0, step / max(1, c.warmup_steps))
         run.optimizer.param_groups[0]["lr"] = row["lr"]
-        # In all minibatches pi_old is the policy that sampled; the clip keeps the new one near it.
+        # In all minibatches pi_old is the model as it is now; the clip keeps the new one near it.
         row |= grpo.update(
             run.model, run.optimizer, rollouts, advantages, c.minibatches, c.temperature,
             tokens_per_microbatch=c.tokens_per_microbatch, seed=step_seed(c.seed, step),
@@ -202,7 +203,7 @@ def train(run: Run) -> None:
         log(run.out, "groups", {"step": step, **who, "successes": successes.tolist()})
         run.bar.write(describe(row, c.steps))
         run.bar.update()
-        keep(run, row, stop, clock)
+        save_or_stop(run, row, stop, clock)
     finish(run)
 
 
@@ -385,7 +386,7 @@ def asked_to_stop() -> list:
 
 
 # Saves and draws when it is time; ends the run if it is hopeless, or if somebody asked for that.
-def keep(run: Run, row: dict, stop: list, clock: Clock) -> None:
+def save_or_stop(run: Run, row: dict, stop: list, clock: Clock) -> None:
     c, step, success = run.config, row["step"], row["eval_success"]
     run.state["step"], run.recent = step, [*run.recent, row][-PATIENCE:]
     stopping = bool(stop)  # read once: a signal from here on waits for the next step
@@ -647,10 +648,10 @@ def first_state(c: Config, train_tasks, held_out) -> dict:
 # A new run, in a folder of its own.
 def open_new(c: Config, wanted: Path | None) -> Run:
     tasks, out = prepare(c), new_folder(c, wanted)
-    held = lock(out)
+    locked = lock(out)
     try:
         save_config(out, c)
-        return set_up(c, out, held, *tasks, None, first_state(c, *tasks))
+        return set_up(c, out, locked, *tasks, None, first_state(c, *tasks))
     except BaseException:  # a run that never began leaves nothing behind
         shutil.rmtree(out)
         raise
@@ -670,7 +671,7 @@ def open_old(given: dict, args) -> Run | None:
         print(f"{out} is finished: nothing to resume; --steps above {c.steps} goes on with it")
         return None
     tasks = prepare(now)
-    held, state = lock(out), first_state(now, *tasks)
+    locked, state = lock(out), first_state(now, *tasks)
     checkpoint, saved = newest_checkpoint(out)
     same = saved.get("tasks") in (None, state["tasks"])
     need(same, f"--tasks {c.tasks} has changed since {checkpoint}: put it back")
@@ -680,11 +681,11 @@ def open_old(given: dict, args) -> Run | None:
     if longer:
         shutil.rmtree(out / "final", ignore_errors=True)  # first: config.json then says why
         save_config(out, now)
-    return set_up(now, out, held, *tasks, checkpoint, state | saved)
+    return set_up(now, out, locked, *tasks, checkpoint, state | saved)
 
 
 # Loads what takes seconds, and finds everything that can be wrong with it: a ValueError each.
-def set_up(c: Config, out: Path, held, train_tasks, held_out, checkpoint: Path | None, state: dict) -> Run:
+def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path | None, state: dict) -> Run:
     # Ragged batches leave holes of all sizes in a GPU's memory. torch reads this at its first use.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
@@ -722,7 +723,7 @@ def set_up(c: Config, out: Path, held, train_tasks, held_out, checkpoint: Path |
         print(f"resuming after step {state['step']}")
     recent = cut_back(out, state["step"])
     run = Run(c, out, train_tasks, held_out, prompts, judge, model, tokenizer, sampler, optimizer,
-              tracker, state, recent, held)  # fmt: skip
+              tracker, state, recent, locked)  # fmt: skip
     if not checkpoint:
         save_checkpoint(run)  # what can stop a save stops it here, and not after hours
     return run
