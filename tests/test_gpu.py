@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import evaluate
 import grpo
 import knapsack
+import rollout
 import train
 from rollout import HFSampler, Rollout
 
@@ -158,7 +158,7 @@ def test_solve_dp_torch(device):
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), gpu])
 def test_train(main, tmp_path, monkeypatch, device):
     """Catches: a run, its checkpoint and its resumption that hold on a CPU only."""
-    monkeypatch.setattr(evaluate, "device", lambda: device)
+    monkeypatch.setattr(rollout, "device", lambda: device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     out, sizes = tmp_path / "run", ["--prompts", 8, "--budget", 64, "--held-out", 8, "--eval-samples", 1]
@@ -189,11 +189,26 @@ def test_everything_in_one_command(tmp_path):
     (tmp_path / "tests.done").touch()
     bench, summary = run()
     assert "\ntests: " not in summary and "\ntrain-vllm: " in summary
-    assert "\nlearn-knapsack-0: done in" in summary and "\nbench_gpu: done in" in summary
+    done = ["learn-knapsack-0", "cpu-knapsack-0", "bench_gpu", "bench_gpu_train", "bench_gpu_learn"]
+    assert [name for name in done if f"\n{name}: done in" not in summary] == [], summary
     assert len(bench["update"]) == 10 and bench["sample"]["logprob_gap"] < 1e-5
     for row in bench["update"]:
         assert row["seconds"] > 0 and row["utilisation"] > 0
         assert row["skipped_tokens"] == pytest.approx(row["silent"])
+
+    large = json.loads((tmp_path / "bench_gpu_train.json").read_text())
+    assert [row["effective_prompts"] for row in large["rows"][1:]] == [1, 1, 1]  # nothing was skipped
+    assert all(row["response_tokens"] == large["response"] for row in large["rows"][1:])
+    phases = ["allocate", "sample", "verify", "canary and sleep", "update", "wake and sync"]
+    assert list(large["summary"]["seconds"]) == list(large["summary"]["peak_gib"]) == phases
+    names = [f"time_{name}" for name in ("allocate", "sample", "verify", "sync", "update")]
+    by_clock = np.mean([sum(row[name] for name in names) for row in large["rows"][2:]])
+    assert large["summary"]["seconds_a_step"] == pytest.approx(by_clock, abs=2e-3)  # what was rounded
+
+    # Here both runs are a CPU's, and a seed decides everything.
+    learn = json.loads((tmp_path / "bench_gpu_learn.json").read_text())
+    assert learn["apart_from_step"] is None
+    assert [(row["step"], row["difference"]) for row in learn["held_out"]] == [(0, 0), (2, 0)]
 
     (tmp_path / "bench_gpu.done").unlink()  # as if its time had run out
     again, summary = run()

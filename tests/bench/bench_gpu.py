@@ -22,6 +22,8 @@ What the memory should be on 80 GB, as arithmetic, not yet as a measurement, for
         a bfloat16 copy of its weights and of a chunk's gradient                              5.1 GB
 so about 52 GB; 16384 tokens a microbatch would need 74. Checkpointing keeps 6 kB a token and layer instead
 of 97, and one layer in full. Without chunks the logits of 8192 tokens alone would be 5 GB a copy.
+HFSampler's keys and values for 256 rows of 1152 tokens are 8.5 GB in bfloat16 and 16.9 in float32, beside
+18.5 GB of weights and moments.
 
 Without CUDA everything runs once at a toy shape, in bfloat16 too, to show that it would run.
 """
@@ -205,13 +207,18 @@ def main() -> None:
         prompts, counts = [r.prompt_ids for r in batch[short][::EACH]], np.full(GROUPS[short], EACH)
         HFSampler(model, NoTokenizer(), 4).sample(prompts, counts, 0)  # warms up
         sampler, sampled = HFSampler(model, NoTokenizer(), short), []
+        if CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         seconds = timed(lambda: sampled.extend(sampler.sample(prompts, counts, 0)), 1, warm_ups=0)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
         # The canary: both sides of one model, bfloat16 products, different kernels and paddings.
         with torch.no_grad():
             trainer = grpo.token_logprobs(model, sampled[:4], bfloat16=CUDA).cpu().numpy()
         gap = np.abs(trainer - np.concatenate([r.logprobs for r in sampled[:4]])).mean()
         speed = len(sampled) * short / seconds
-        save(sample={"seconds": seconds, "tokens_per_second": speed, "logprob_gap": float(gap)})
+        row = {"seconds": seconds, "tokens_per_second": speed, "peak_gib": peak}
+        save(sample=row | {"logprob_gap": float(gap)})
 
 
 if __name__ == "__main__":

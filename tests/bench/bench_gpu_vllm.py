@@ -4,8 +4,9 @@
 
 Three steps as train.py takes them, 256 rollouts of 1024 tokens for 64 prompts with the ragged counts of a
 real allocation: generate, canary, sleep, update, wake and sync. After each phase its seconds and the GPU's
-memory; the first step also warms up, the last one takes 8 minibatches. Then the last requests again from a
-bare LLM.generate, and once more without their seeds: what reproducible groups cost.
+memory; the first step also warms up, the last one takes 8 minibatches. Then the last requests again, three
+times in turns: from the sampler, from a bare LLM.generate (the sampler's overhead), and from that without
+their seeds (what reproducible groups cost).
 
 The model is made here, and has no end-of-sequence token, so each response is exactly 1024 tokens long. Its
 distributions are nearly uniform: the canary's gap is that of the arithmetic, not of a trained model's peaks.
@@ -53,7 +54,7 @@ def main() -> None:
     if rollout.vllm_build() is None:
         sys.exit("vLLM is not installed: nothing measured")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as train.py does
-    c, _ = train.parse_args(["--model", "Qwen2.5-Math-1.5B"])  # the large model's settings
+    c = train.settings({"model": "Qwen2.5-Math-1.5B"})  # the large model's defaults
     result = header() | {"prompts": PROMPTS, "prompt": P, "response": T, "phases": [], "steps": []}
 
     def save(**more) -> None:
@@ -134,13 +135,19 @@ def main() -> None:
     unseeded = [p.clone() for p in requests[1]]
     for settings in unseeded:
         settings.seed = None
-    for name, settings in (("bare generate", requests[1]), ("bare generate, no seeds", unseeded)):
-        phase(name, lambda s=settings: engine.llm.generate(requests[0], s, use_tqdm=False))
-    ours = median([row["seconds"] for row in result["phases"] if row["phase"] == "generate"][1:])
-    bare, free = (row["seconds"] for row in result["phases"][-2:])
+    ways = {
+        "sampler": lambda: engine.sample(prompts, counts, 3),
+        "bare": lambda: engine.llm.generate(*requests, use_tqdm=False),
+        "bare, no seeds": lambda: engine.llm.generate(requests[0], unseeded, use_tqdm=False),
+    }
+    for _ in range(3):  # in turns, so that a warm card is warm for all
+        for name, run in ways.items():
+            phase(name, run)
+    seconds = {name: [row["seconds"] for row in result["phases"] if row["phase"] == name] for name in ways}
+    middle = {name: median(times) for name, times in seconds.items()}
     tokens = int(counts.sum()) * T
-    speed = {"sampler": tokens / ours, "bare": tokens / bare, "bare, no seeds": tokens / free}
-    save(tokens_per_second=speed, overhead=ours / bare - 1)
+    speed = {name: tokens / middle[name] for name in ways}
+    save(tokens_per_second=speed, overhead=middle["sampler"] / middle["bare"] - 1)
     engine.close()
 
 
