@@ -21,8 +21,14 @@ Each piece, and whose formula it is:
                        settings, but not applied in its code; here it is
     no KL              as in DAPO (Sec. 2.3) and the paper
 
-A token's loss is proportional to its A, so GRPO's sequence mean, Dr. GRPO, RLOO and
-a KL to a reference are other advantages: chapter 5 of the tutorial.
+A token's loss is proportional to its A, so other losses are other advantages. Of M
+prompts and R rollouts, T (R,) the lengths and n (R,) the size of each one's group
+(chapter 5 of the tutorial runs them all, and a KL to a reference):
+
+    GRPO's sequence mean     advantages * T.mean() / T
+    a mean over each prompt  advantages * R / M / n
+    Dr. GRPO, L a constant   kind="centred", advantages * T.mean() / L
+    RLOO                     kind="leave-one-out"
 """
 
 from __future__ import annotations
@@ -251,7 +257,8 @@ def check_logprobs(model, temperature: float = 1.0) -> float:
         module.training = True
     if max(gaps) > max(1e-3, 40 * torch.finfo(weight.dtype).eps):
         del _CHECKED[model]
-        raise ValueError(f"{unfit} its log-probs are {max(gaps):.2g} nats off")
+        why = "as where logits are capped or scaled after the head: take another model"
+        raise ValueError(f"{unfit} its log-probs are {max(gaps):.2g} nats off, {why}")
     return max(gaps)
 
 

@@ -7,9 +7,9 @@ value each further rollout, and buy the most valuable ones.
     >>> allocate(tracker.posterior([*ids, "new"]), budget=32)
     array([ 2,  5, 16,  9])
 
-To "Knapsack RL" (arXiv 2509.25849) prompts are items, n rollouts of one the cost
-and P(mixed group) x InfoGain the value. M prompts, K options of one, p success
-probability, q = 1 - p.
+In "Knapsack RL" (arXiv 2509.25849) a prompt is an item, its n rollouts are the cost,
+and P(mixed group) x InfoGain is the value. Letters: M prompts, K options of one
+prompt, p its success probability, q = 1 - p.
 """
 
 from operator import index
@@ -29,10 +29,13 @@ WINDOW = 16  # outcomes in the paper's estimate
 class SuccessTracker:
     """S successes and F failures of a prompt give p ~ Beta(alpha0 + S, beta0 + F).
 
-    discount: of S and F before each new visit, as the model has moved on.
-    prior_strength: of the prior, which is fitted to all prompts. If small, a
-        prompt's own record counts; if large, the crowd's.
-    drift: how fast all log-odds follow the success rate of whole batches.
+    discount: S and F are multiplied by it at each new visit, as the model has moved
+        on since the last one. 1 keeps everything.
+    prior_strength: the prior (alpha0, beta0) is fitted to all prompts seen so far, and
+        multiplied by this. A small one trusts a prompt's own record, a large one the
+        crowd's.
+    drift: the log-odds of all estimates move by this share of what the newest batch
+        shows the model to have moved. 0 switches it off.
     """
 
     def __init__(self, discount=0.75, prior_strength=0.25, drift=0.0):
@@ -104,7 +107,7 @@ class SuccessTracker:
         return alpha / (alpha + beta)
 
     def solved(self, ids) -> np.ndarray:
-        """(M,) bool: ever answered right? (With discount 0: at the last visit?)"""
+        """(M,) bool: was it ever answered right? (With discount 0: at its last visit.)"""
         return self._seen[self._rows(ids), 0, 0] > 0
 
     def windowed_rate(self, ids, window: int = WINDOW) -> np.ndarray:
@@ -117,7 +120,7 @@ class SuccessTracker:
             return (s * used / np.maximum(t, 1)).sum(1) / used.sum(1)
 
     def state_dict(self) -> dict:
-        """Everything, in JSON types. (As a key, the id 7 would become "7".)"""
+        """Everything, in JSON types. Ids are values: as a key, 7 would become "7"."""
         settings = {k: x for k, x in vars(self).items() if k[0] != "_"}
         return settings | {"ids": list(self._row), "seen": self._seen.tolist()}
 
@@ -134,6 +137,7 @@ def prob_nonzero_gradient(n, p) -> np.ndarray:
     """P(mixed group) = 1 - p^n - (1-p)^n, the paper's ProbNonZeroGradient: where
     all are right or all are wrong, advantages are zero. n and p broadcast."""
     n, p = np.asarray(n, float), np.asarray(p, float)
+    _need((p >= 0) & (p <= 1), "pass probabilities from 0 to 1")
     m = np.minimum(p, 1 - p)  # for a tiny m, 1 - (1-m)^n would round to 0
     return np.where(n <= 1, 0.0, -np.expm1(n * np.log1p(-m)) - m**n)
 
@@ -281,8 +285,9 @@ def allocate(p, budget: int, n_min=2, n_max=128, value=None) -> np.ndarray:
     """Counts (M,) from n_min to n_max, in sum the budget, of the highest value.
 
     p: known, (M,), or the pair (alpha, beta) of a posterior. Prompts that gain
-    nothing, p = 0 and p = 1, get what nobody else can use. Your own `value` takes
-    counts (K,) and probabilities (M, 1); a posterior averages it.
+    nothing, p = 0 and p = 1, get what nobody else can use. value=None is the paper's,
+    above. Your own takes counts (K,) and probabilities (M, 1); over a posterior it is
+    averaged. If its gains fall the greedy solves it, else solve_dp does.
 
     >>> def my_value(n, p):
     ...     return prob_nonzero_gradient(n, p)  # all mixed groups are worth the same
@@ -311,9 +316,11 @@ def allocate(p, budget: int, n_min=2, n_max=128, value=None) -> np.ndarray:
 
 def _spare(m: int, budget: int, n_min: int, n_max: int) -> int:
     """What is left of the budget once each of m prompts has n_min."""
-    low, high = f"{m} x n_min = {m * n_min}", f"{m} x n_max = {m * n_max}"
     _need(1 <= n_min <= n_max, f"choose n_min = {n_min} from 1 to n_max = {n_max}")
-    _need(m * n_min <= budget <= m * n_max, f"need {low} <= budget = {budget} <= {high}")
+    low, high, least = m * n_min, m * n_max, f"{m} prompts x n_min = {n_min}"
+    _need(budget >= low, f"budget {budget} < {least}: raise budget, or lower n_min")
+    most = f"{m} prompts x n_max = {n_max}"
+    _need(budget <= high, f"budget {budget} > {most}: lower budget, or raise n_max")
     return index(budget) - m * n_min
 
 
@@ -338,11 +345,12 @@ def _table(value, p, n, points=32):
 
 
 def allocate_paper(p_hat, budget: int, n_min=2, n_max=128) -> np.ndarray:
-    """The paper's rule, on windowed_rate(ids). NaN (first epoch): uniform.
+    """The paper's rule, on tracker.windowed_rate(ids). NaN (first epoch): uniform.
 
-    p_hat in {0, 1} gets n_min. The others share at most what they need by section
-    3, at 0.9. What is left goes to p_hat = 0, back to them, and last to p_hat = 1,
-    as n_max leaves it."""
+    Prompts with p_hat in {0, 1} get n_min. The others share a knapsack of at most the
+    rollouts that they need for a mixed group with probability 0.9 (theorem above).
+    What is left goes to p_hat = 0. Where n_max is in the way, it goes back into the
+    knapsack, and last to p_hat = 1."""
     p_hat = np.asarray(p_hat, float)  # (M,)
     left, room = _spare(len(p_hat), budget, n_min, n_max), n_max - n_min
     if np.isnan(p_hat).any():
@@ -367,8 +375,9 @@ def uniform(m: int, budget: int) -> np.ndarray:
 
 
 def shadow_price(p, counts, n_max: int = 128) -> float:
-    """What one more unit of budget is worth: the value of the last rollout bought.
-    What n_min forced does not count, if a rollout refused is worth more."""
+    """What one more unit of budget is worth: about the value of the last rollout that
+    was bought. Rollouts that n_min forced are left out if they are worth less than the
+    best one that was refused."""
     counts = np.asarray(counts, int)  # (M,)
     _need(counts >= 1, "counts: pass numbers >= 1")
     gains = _gains(p, counts.max(initial=1))

@@ -173,12 +173,15 @@ def encode_tasks(tokenizer, tasks, instruction="", chat=False, template_kwargs=N
 
 
 def prompt_hint(tokenizer, chat: bool) -> str | None:
-    """A line for whoever asks an instruct model without --chat, or a base model with."""
-    # A base model's template never writes the model's end of sequence.
-    template, end = tokenizer.chat_template or "", tokenizer.eos_token or "eos_token"
+    """A line for whoever asks an instruct model without --chat, or a base model with it."""
+    # A base model may have a template too, but one that never writes its end of sequence.
+    template, end = str(tokenizer.chat_template or ""), tokenizer.eos_token or "eos_token"
     instruct = "eos_token" in template or end in template
-    kind = "an instruct" if instruct else "a base"
-    return None if instruct == chat else f"is this {kind} model? Check --chat"
+    if instruct and not chat:
+        return "is this an instruct model? It has a chat template: --chat"
+    if chat and not instruct:
+        return f"is this a base model? Its chat template never writes {end}"
+    return None
 
 
 def request_seeds(prompts: list, seed: int) -> list[int]:
@@ -452,10 +455,12 @@ def vllm_build() -> str | None:
 def choose_engine(wanted: str) -> tuple[str, str]:
     """'auto', 'vllm' or 'hf' -> (engine, why). ValueError if vLLM cannot run as asked."""
     build, gpu = vllm_build(), device() == "cuda"
+    if wanted == "auto" and build and gpu:
+        return "vllm", "it is installed and there is a GPU"
     if wanted == "auto":
-        # vLLM's build for CPUs is taken only where it is asked for.
-        engine = "vllm" if build and gpu else "hf"
-        return engine, f"vLLM: {build}, GPU: {gpu}"
-    if wanted == "vllm" and not (build == "cpu" or (build and gpu)):
-        raise ValueError("--engine vllm needs a GPU and `pip install vllm==0.32.0`")
+        return "hf", "there is no GPU for vLLM" if build else "vLLM is not installed"
+    if wanted == "vllm" and not build:
+        raise ValueError("--engine vllm: `pip install vllm==0.32.0` first, or --engine hf")
+    if wanted == "vllm" and build == "gpu" and not gpu:
+        raise ValueError("--engine vllm: it needs a GPU and there is none; use --engine hf")
     return wanted, "as asked"
