@@ -31,6 +31,7 @@ GOOD = {"prompt": "1+1=", "answer": "2"}
 
 # What the run of a test's folder "old" had before it was interrupted, as a checkpoint says it.
 OLD = {"old/config.json": config(), "old/metrics.jsonl": jsonl({"step": 0})}
+STEP = {"old/groups.jsonl": jsonl({"step": 1})}
 
 
 def checkpoint(**state):
@@ -89,8 +90,8 @@ CASES = {
     "a folder of tasks": ("--tasks t", {"t/tasks.jsonl": jsonl(GOOD)}, "t: cannot be read"),
     "tasks without a row": ("--tasks t.jsonl", {"t.jsonl": ""}, "t.jsonl: no tasks in it"),
     "tasks that are no JSON": ("--tasks t.jsonl", {"t.jsonl": jsonl(GOOD) + "oops\n"}, "line 2: not JSON"),
-    "tasks that are no text": ("--tasks t.jsonl", {"t.jsonl": b"\xff\xfe\xff"}, "cannot be read as UTF-8"),
-    "parquet that is none": ("--tasks t.parquet", {"t.parquet": "x"}, "cannot be read as parquet"),
+    "tasks that are no text": ("--tasks t.jsonl", {"t.jsonl": b"\xff\xfe\xff"}, "t.jsonl: cannot be read"),
+    "parquet that is none": ("--tasks t.parquet", {"t.parquet": "x"}, "t.parquet: cannot be read"),
     "a task without an answer": (
         "--tasks t.jsonl", {"t.jsonl": jsonl(GOOD) + "\n" + '{"prompt": "2="}\n'}, "line 3: needs the keys",
     ),
@@ -133,12 +134,12 @@ CASES = {
     "resumed after its tasks were edited": (
         "--resume old", OLD | checkpoint(tasks="another fingerprint"), "--tasks arithmetic has changed",
     ),
-    "comparing a run that is not there": ("--compare no/such/run", {}, "no config.json and metrics.jsonl"),
+    "comparing a run that is not there": ("--compare no/such/run", {}, "no config.json, metrics.jsonl"),
     "comparing with a flag for training": ("--compare old --lr 1", OLD, "--compare draws what exists"),
-    "comparing a run without a step": ("--compare old", OLD, "metrics.jsonl of at least one step"),
-    "comparing damaged metrics": ("--compare old", OLD | {"old/metrics.jsonl": "{\n"}, "jsonl is damaged"),
+    "comparing a run without a step": ("--compare old", OLD, "of at least one step there"),
+    "comparing damaged metrics": ("--compare old", OLD | STEP | {"old/metrics.jsonl": "{\n"}, "jsonl is damaged"),
     "comparing into a folder that is not there": (
-        "--compare old --out no/such.png", OLD | {"old/metrics.jsonl": "{}\n{}\n"}, "name a picture",
+        "--compare old --out no/such.png", OLD | STEP, "name a picture",
     ),
 }  # fmt: skip
 
