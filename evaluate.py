@@ -87,8 +87,8 @@ def bootstrap_se(per_problem: np.ndarray, draws: int = 1000) -> float:
     return float(bootstrap(per_problem, draws).std(ddof=1))
 
 
+# ours - first, paired by problem: the mean, and the bootstrap's 95% interval.
 def difference(ours: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> dict[str, dict]:
-    """ours - first, paired by problem: the mean, and the bootstrap's 95% interval."""
     result = {}
     for name in ours:
         d = ours[name].astype(float) - first[name]  # (M,): hard and easy problems cancel
@@ -97,7 +97,7 @@ def difference(ours: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> dic
     return result
 
 
-# ---- What train.py needs too --------------------------------------------------------------------------
+# ---- Small things that both command lines, this one and train.py's, need -------------------------------
 # A user's error is one line that says what to do; main prints it.
 def need(ok, sentence: str) -> None:
     if not ok:
@@ -176,11 +176,11 @@ def check(args) -> None:
 # (tasks, models, settings). What can be wrong before weights are loaded is a ValueError here.
 def prepare(args) -> tuple[list[Task], list[dict], dict]:
     check(args)
-    tasks = reward.load_tasks(args.tasks)
+    tasks = reward.load_tasks(args.tasks, answers=not args.reward)
     if args.held_out:  # the same split as train.py's
         tasks = reward.split_held_out(tasks, args.held_out, seed=0)[1]
     tasks = tasks[: args.limit]
-    engine, why = rollout.choose_engine(args.engine)
+    engine, why = rollout.choose_engine(args.engine)  # imports torch, which takes seconds
     print(f"sampling with {engine} ({why})")
     # One length limit for all models, or their scores could not be compared.
     models, limit = [], args.max_new_tokens or 1024
@@ -280,7 +280,7 @@ def ask(model: dict, tasks, settings: dict, trust: bool, judge, done: dict, file
         for place in getattr(judge, "no_verdict", ()):  # out of time: neither right nor wrong
             completions[place]["right"] = None
         for i, row in enumerate(rows):
-            if key(row) not in done:
+            if key(row) not in done:  # what was there stays as it was
                 done[key(row)] = completions[i * n : (i + 1) * n]
                 print(json.dumps(row | {"completions": done[key(row)]}), file=file, flush=True)
     if sampler is not None:  # before the next model's: there is room for one
@@ -290,7 +290,7 @@ def ask(model: dict, tasks, settings: dict, trust: bool, judge, done: dict, file
 # ---- What comes out -----------------------------------------------------------------------------------
 # The scores of each model, and of each later one its difference from the first.
 def results(models: list[dict], done: dict) -> list[dict]:
-    found, first = [], None
+    found, first = [], None  # first: the first model's numbers, {measure: (M,)}
     for model in models:
         answers = [done[key(row)] for row in model["rows"]]
         # None becomes NaN: there was no verdict.
@@ -311,6 +311,7 @@ def results(models: list[dict], done: dict) -> list[dict]:
 # A row a measure; a column a model (± standard error), then a column a difference [95% interval].
 def table(found: list[dict]) -> str:
     first, *others = found
+    # Column by column; the lines are put together last.
     columns = [[f"{first['problems']} problems", *first["scores"], "no verdict"]]
     for r in found:
         cells = [f"{x['mean']:.3f} ± {x['se']:.3f}" for x in r["scores"].values()]
@@ -404,6 +405,7 @@ def picture(path: Path, rows: int, columns: int):
     # Less ink: no box, a faint grid.
     bare = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     plt.rcParams.update(bare | {"axes.titlesize": 11, "axes.titleweight": "bold"})
+    # "constrained" makes room for titles, labels and a legend outside.
     fig, axes = plt.subplots(rows, columns, figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
     yield fig, axes
     form = path.suffix.lstrip(".") or "png"
@@ -429,7 +431,7 @@ def draw_runs(runs: list[Path], path: Path) -> None:
         there = all(f.is_file() for f in files) and any(each_row(files[2]))
         need(there, f"{run}: no config.json, metrics.jsonl and groups.jsonl of at least one step there")
     need(path.parent.is_dir() and not path.is_dir(), f"--out {path}: name a picture in a folder that exists")
-    with picture(path, 2, 3) as (fig, axes):
+    with picture(path, 2, 3) as (fig, axes):  # fig: for the legend
         *panels, last = axes.flat  # five metrics, and the allocation
         # The look is the allocator's, the marker the run's.
         for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):

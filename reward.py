@@ -68,17 +68,19 @@ PROMPTS = ["prompt", "question", "problem", "messages"]
 ANSWERS = ["answer", "final_answer", "reward_model", "solution", "messages"]
 
 
-def load_tasks(name_or_path: str | Path) -> list[Task]:
+def load_tasks(name_or_path: str | Path, answers: bool = True) -> list[Task]:
     """The problems under a name ("arithmetic" or one of HUB), or in a file or folder.
 
     A file is JSON Lines, a JSON array or CSV, gzipped or not, or parquet; a folder is
-    one of datasets' save_to_disk. ValueError, with file and row, for what is no task.
+    one of datasets' save_to_disk. A warning says what was taken and dropped. ValueError,
+    with file and row, for what is no task. answers=False: a reward needs none.
     """
     name = str(name_or_path)
     if name == "arithmetic":
         return _arithmetic()
     file = Path(re.sub(r"(?i)\.gz$", "", name))
     numbers, prompts = {}, {}  # id -> number of its row; prompt -> its tasks
+    notes = set()  # what was read in other ways than as it stands
     for number, row in enumerate(_rows(name, file.suffix.lower()), 1):
         if row == "":
             continue  # a blank line
@@ -90,20 +92,22 @@ def load_tasks(name_or_path: str | Path) -> list[Task]:
         default_id = f"{file.stem}-{number}"
         if name in HUB:
             row["id"] = default_id  # its own may be missing or of an odd type
-        task = _task(row, default_id, where)
+        task = _task(row, default_id, where, answers, notes)
         # The tracker knows a prompt by its id.
         if (first := numbers.setdefault(task.id, number)) != number:
             raise ValueError(f"{where}: the id {task.id!r} is also in line {first}")
-        if task.answer:
+        if task.answer or not answers:
             prompts.setdefault(" ".join(task.prompt.split()), []).append(task)
     # Nobody can say which of two answers is right: such a prompt goes altogether.
     tasks = [same[0] for same in prompts.values() if len({t.answer for t in same}) == 1]
     if not tasks:
         raise ValueError(f'{name}: no tasks in it: bring "prompt" and "answer"')
     if len(tasks) < len(numbers):
-        odd = f"repeats, blank answers and {len(prompts) - len(tasks)} contradictions"
-        said = f"{name}: {len(tasks)} tasks in {len(numbers)} rows; dropped are {odd}"
-        warnings.warn(said, stacklevel=2)
+        odd = f"{len(prompts) - len(tasks)} prompts whose answers contradict each other"
+        notes.add(f"dropped are repeats, blank answers and {odd}")
+    if notes and name not in HUB:  # whose columns are known
+        said = f"{name}: {len(tasks)} tasks in {len(numbers)} rows; "
+        warnings.warn(said + "; ".join(sorted(notes)), stacklevel=2)
     return tasks
 
 
@@ -151,15 +155,19 @@ def _rows(name: str, suffix: str) -> list:
         raise ValueError(f"{name}: cannot be read: {reason}") from error
 
 
-def _task(row: object, default_id: str, where: str) -> Task:
+def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -> Task:
     """A row as a Task; ValueError if no completion could ever match its answer."""
     row = row if isinstance(row, dict) else {}
     keys = [[key for key in known if key in row] for known in (PROMPTS, ANSWERS)]
+    if not answers:
+        keys[1].append("answer")  # which may be missing
     if not all(keys):
         wanted = f"prompt and answer, or {PROMPTS[1:]} and {ANSWERS[1:]}"
         raise ValueError(f"{where}: needs the keys {wanted}; found {list(row)}")
     (asked, *_), (solved, *_) = keys
-    prompt, answer, id_ = row[asked], row[solved], row.get("id", default_id)
+    prompt, answer, id_ = row[asked], row.get(solved, ""), row.get("id", default_id)
+    if (asked, solved) != ("prompt", "answer"):
+        notes.add(f"read are {asked} and {solved}")
     if isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt):
         turns = [str(turn.get("content", "")) for turn in prompt]  # a conversation
         answer = turns.pop() if solved == "messages" and turns else answer
@@ -176,8 +184,11 @@ def _task(row: object, default_id: str, where: str) -> Task:
     gold = last_boxed(text)
     if gold is None:
         gold = (SAID.findall(text) or ["" if prose else text])[-1]
+    if gold not in ("", text):
+        notes.add("answers are cut out of a text")
     faults = {
-        "prompt must be text": not isinstance(prompt, str) or not prompt.strip(),
+        "prompt must be text": not isinstance(prompt, str),
+        "the prompt is blank": not str(prompt).strip(),
         "the id must be text or a number": type(id_) not in (str, int),
         "answer must be text or a number": type(answer) not in (str, int, float),
         "answer is missing or endless": gold == "nan" or len(gold) > MAX_ANSWER,
@@ -269,12 +280,17 @@ def _extract(completion: str, boxed: bool) -> tuple[str, bool]:
 CHARACTERS = {"−": "-", "–": "-", "‒": "-", "°": r"^\circ ", "∞": r"\infty "}
 CHARACTERS |= {"√": r"\sqrt ", "²": "^2", "³": "^3", "½": " 1/2"}
 TEXT = r"\\(?:text[a-z]*|mathrm|mbox)\s*\{"
-REWRITES = {
+ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+REWRITES = {  # 5 million
+    rf"\s*(?:\\text\{{)?\s*{word}\b\}}?": rf"\\times 10^{n}" for word, n in ZEROS.items()
+} | {
     r"(?<=[0-9])([eE](?=[-+0-9])| ?x ?10\^)": r"\\times 10^",  # 1.85e5
     r"10\^[({]?([-+]?[0-9]+)[)}]?": r"10^{\1}",  # 10^-5
     # 11,\! 111 and 1 234
     r"(?<![0-9]{4})(?<=[0-9])(\{,\}|,?\s*\\[,! ] ?|[ ~])(?=[0-9]{3}(?![0-9]))": "",
+    r"(?<=[0-9])\{,\}(?=[0-9])": ".",  # 3{,}5 is 3.5
     r"(?<![\w.,^/])([0-9]+)\s+([0-9]+)/([0-9]+)": r"\1\\frac{\2}{\3}",  # 1 1/2
+    r"\\frac\s*([0-9]|\\pi)\s*([0-9])": r"\\frac{\1}{\2}",  # \frac 1 2
     r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])": ", ",  # 8 2 are two numbers
     r"(?<![A-Za-z\\])(pi|sqrt)\b": r"\\\1",  # 19pi
     r"\\sqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)": r"\\sqrt{\1\2}",  # √(2)
@@ -282,6 +298,9 @@ REWRITES = {
     rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}": r" \1 \\text{\2}",  # 3\text{ and }4
     rf"(?<=[0-9])\s*{TEXT}[^{{}}]*\}}(?=,|$)": "",  # 3\text{ m}
     rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-z])\}}": r"\1\2",  # \mathrm{e}
+    r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])": r"\1",  # $18
+    r"(?<=[0-9}])\s+([A-Za-z]{2,}(?: [A-Za-z]+)*)$": r"\\text{ \1}",  # 18 dollars
+    r"\\degree(?![A-Za-z])": r"^\\circ",
     # x=3, y=7 has an order
     r"^([a-z]) ?= ?([^=,]+), ?(?!\1)[a-z] ?= ?([^=,]+)$": r"(\2,\3)",
 }
@@ -303,17 +322,21 @@ def _tidy(text: str) -> str:
 def _decide(given: str, alone: bool, gold: str) -> bool | None:
     """The verdict where no algebra is needed; None where it takes math-verify."""
     word = len(gold) > 2 and gold.isalpha()  # math-verify would multiply its letters
-    if given == gold or (word and given.casefold() == gold.casefold()):
+    same = given in (gold, gold.removesuffix(r"\%"))  # a percent sign may be left out
+    if same or (word and given.casefold() == gold.casefold()):
         return True
     if not given or (alone and len(given) > MAX_ANSWER):
         return False  # nothing, or too much to be an answer
     # A choice must be the only one named: "B or C" is neither.
     if letter := re.fullmatch(r"(?:\\[a-z]+)?\W*([A-J])\W*", gold):
         named = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z^_])", given)
-        return alone and set(named) == {letter[1]}
+        return alone and (set(named) == {letter[1]} or given == letter[1].lower())
     if all(re.fullmatch("-?[0-9]+", text) for text in (given, gold)):
         return int(given) == int(gold)  # most answers
-    # math-verify ignores whether a pair is a set, a tuple or an interval.
+    # math-verify ignores the base of 43_5, and whether a pair is a set or a tuple.
+    bases = [re.findall(r"[0-9]_\{?([0-9]+)", text) for text in (given, gold)]
+    if all(bases) and bases[0] != bases[1]:
+        return False
     for x, y in ((given, gold), (gold, given)):
         if x.startswith(r"\{") and re.search(r"^[(\[].*,|[<>]|\\[lg]e", y):
             return False

@@ -581,7 +581,7 @@ def check(c: Config) -> None:
 def prepare(c: Config) -> tuple[list, list]:
     check(c)
     rollout.resolve_model(c.model)
-    tasks = reward.load_tasks(c.tasks)
+    tasks = reward.load_tasks(c.tasks, answers=not c.reward)  # an own reward may need none
     n_held_out = c.held_out or min(256, len(tasks) // 5)  # more would cost time at each evaluation
     few = f"{len(tasks)} tasks are too few for {c.prompts} prompts and {n_held_out} held out: lower those"
     need(0 < n_held_out <= len(tasks) - c.prompts, f"--tasks {c.tasks}: {few}, or bring more tasks")

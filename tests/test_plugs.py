@@ -77,8 +77,7 @@ def broken(tasks, texts):
 def mine(tmp_path):
     """(a file of rewards, flags of a run whose tasks have another column)"""
     (tmp_path / "mine.py").write_text(REWARDS)
-    sums = [{"prompt": f"{a}+{b}=", "answer": "", "want": "1"} for a in range(1, 9) for b in range(1, 9)]
-    sums = [row | {"answer": "unused"} for row in sums]
+    sums = [{"prompt": f"{a}+{b}=", "want": "1"} for a in range(1, 9) for b in range(1, 9)]  # no answers
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     return f"{tmp_path / 'mine.py'}:", [*SMALL, "--tasks", tmp_path / "sums.jsonl", "--out", tmp_path / "run"]
 

@@ -38,6 +38,15 @@ RIGHT = r"""
 1,234 ~ 1234 ~ 1234.0
 1234567 ~ 1,234,567 ~ 1{,}234{,}567 ~ 1\ 234\ 567
 1234.5 ~ 1,234.5
+3.5 ~ 3{,}5
+# words and signs around a number
+5000000 ~ 5 million ~ 5\text{ million} ~ \$5 million
+2.5\text{ billion} ~ 2500000000 ~ 2.5e9
+18 ~ 18 dollars ~ €18 ~ £18
+90^\circ ~ 90\degree
+28.5\% ~ 28.5
+\frac{1}{2} ~ \frac 1 2
+C ~ c
 29,\!322,\!216 ~ 29322216
 \dfrac{1}{29,\!322,\!216} ~ \frac{1}{29322216}
 # fractions and mixed numbers
@@ -156,6 +165,8 @@ x=2,y=9 ~ (2,9)
 
 WRONG = r"""
 # numbers
+43_5 ~ 43_7
+5 ~ 5\text{ million}
 10 ~ 11 ~ -10 ~ 100 ~ 10.1
 5 ~ 5.01 ~ 4.99999
 0.5 ~ 0.51 ~ 5
@@ -666,9 +677,9 @@ FAULTS = {
     "not an object": ([1, 2], "needs the keys"),
     "no answer": ({"prompt": "p"}, "needs the keys"),
     "prompt not text": ({"prompt": 3, "answer": "2"}, "prompt must be text"),
-    "prompt blank": ({"prompt": " ", "answer": "2"}, "prompt must be text"),
+    "prompt blank": ({"prompt": " ", "answer": "2"}, "the prompt is blank"),
     "unknown columns": ({"text": "p", "label": "2"}, r"found \['text', 'label'\]"),
-    "a conversation without text": ({"prompt": [{"role": "user"}], "answer": "2"}, "prompt must be text"),
+    "a conversation without text": ({"prompt": [{"role": "user"}], "answer": "2"}, "the prompt is blank"),
     "answer null": ({"prompt": "p", "answer": None}, "answer must be text or a number"),
     "answer a list": ({"prompt": "p", "answer": ["2"]}, "answer must be text or a number"),
     "answer a truth value": ({"prompt": "p", "answer": True}, "answer must be text or a number"),
@@ -798,7 +809,7 @@ def test_a_prompt_with_two_answers_is_dropped_with_a_word(tmp_path):
     """Catches: a contradiction dropped as a plain repeat, so that a coin decides which answer is right."""
     pairs = [("a", 1), ("b", 2), ("a ", 3), ("b", 2), ("a", 4)]
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
-    with pytest.warns(UserWarning, match="1 tasks in 5 rows.* 1 contradictions"):
+    with pytest.warns(UserWarning, match="1 tasks in 5 rows.* 1 prompts whose answers contradict"):
         assert [t.id for t in load_tasks(_write(tmp_path / "t.jsonl", *rows))] == ["t-2"]
 
 
@@ -961,3 +972,21 @@ def test_what_is_no_reward_is_one_line(given, message):
 
 def test_a_verifier_is_a_reward(verifier):
     assert grade(verifier, TASKS, ["1", r"\boxed{3}"]).tolist() == [1.0, 0.0]
+
+
+def test_what_was_taken_is_said(tmp_path):
+    """Catches: columns chosen, or answers cut out of texts, without a word."""
+    rows = [{"question": "1+1?", "answer": "#### 2"}, {"question": "1+2?", "answer": "3"}]
+    path = _write(tmp_path / "t.jsonl", *rows)
+    with pytest.warns(UserWarning, match="answers are cut out of a text; read are question and answer"):
+        assert [task.answer for task in load_tasks(path)] == ["2", "3"]
+
+
+def test_a_reward_of_ones_own_may_need_no_answer(tmp_path):
+    """Catches: tasks for unit tests or a judge that are refused for want of an answer."""
+    rows = [{"prompt": "a", "tests": "f(1)"}, {"prompt": "b", "answer": "", "tests": "f(2)"}]
+    path = _write(tmp_path / "t.jsonl", *rows)
+    tasks = load_tasks(path, answers=False)
+    assert [(t.answer, t.extra["tests"]) for t in tasks] == [("", "f(1)"), ("", "f(2)")]
+    with pytest.raises(ValueError, match="needs the keys"):
+        load_tasks(path)
