@@ -580,7 +580,6 @@ def check(c: Config) -> None:
 # (training, held out), after all that can be checked without a model.
 def prepare(c: Config) -> tuple[list, list]:
     check(c)
-    rollout.resolve_model(c.model)
     tasks = reward.load_tasks(c.tasks, answers=not c.reward)  # an own reward may need none
     n_held_out = c.held_out or min(256, len(tasks) // 5)  # more would cost time at each evaluation
     few = f"{len(tasks)} tasks are too few for {c.prompts} prompts and {n_held_out} held out: lower those"
@@ -647,6 +646,7 @@ def first_state(c: Config, train_tasks, held_out) -> dict:
 
 # A new run, in a folder of its own.
 def open_new(c: Config, wanted: Path | None) -> Run:
+    rollout.resolve_model(c.model)  # an unknown name is said before anything is made
     tasks, out = prepare(c), new_folder(c, wanted)
     locked = lock(out)
     try:

@@ -164,6 +164,28 @@ def test_resume_from_damage_ends_the_same(calm, broken_off, main):
     assert differences(calm, broken_off) == []
 
 
+def test_the_first_model_is_not_needed_any_more(main, tmp_path):
+    """Catches: a resumed run that asks for the folder it began from, though its checkpoint has everything."""
+    shutil.copytree(ROOT / "tutorial" / "tiny_model", tmp_path / "model")
+    flags = [
+        "--model",
+        tmp_path / "model",
+        "--tasks",
+        "arithmetic",
+        "--limit",
+        16,
+        "--prompts",
+        4,
+        "--budget",
+        16,
+    ]
+    flags += ["--held-out", 8, "--eval-samples", 1, "--max-new-tokens", 8, "--steps", 1, "--engine", "hf"]
+    assert main(*flags, "--out", tmp_path / "run")[0] == 0
+    shutil.rmtree(tmp_path / "model")
+    code, said = main("--resume", tmp_path / "run", "--steps", 2)
+    assert code == 0 and "resuming after step 1" in said
+
+
 def test_missing_rows_are_not_made_up(broken_off, main):
     lines = (broken_off / "metrics.jsonl").read_text().splitlines(True)
     (broken_off / "metrics.jsonl").write_text("".join(lines[:4] + lines[5:]))
