@@ -79,7 +79,7 @@ CASES = {
     "everything held out": ("--held-out 1280", {}, "are too few for 64 prompts and 1280 held out"),
     "fewer tasks than a batch": ("--limit 63", {}, "--limit 63 is below --prompts 64"),
     "more prompts than tasks": ("--prompts 2000 --budget 8000", {}, "bring more tasks"),
-    "an allocator nobody wrote": ("--allocator magic", {}, "--allocator magic: choose from knapsack, paper, uniform"),
+    "an allocator nobody wrote": ("--allocator magic", {}, "--allocator magic: choose from knapsack, paper"),
     "an engine nobody wrote": ("--engine magic", {}, "--engine magic: choose from auto, vllm, hf"),
     "a flag nobody wrote": ("--learning-rate 1", {}, "unrecognized arguments"),
     "an unknown model": ("--model gpt", {}, "--model gpt: not tiny, a folder, or a hub id"),
@@ -112,13 +112,13 @@ CASES = {
         "--resume old --lr 1 --steps 100 --seed 2", OLD, "has --lr 0.0003 (not 1.0), --seed 0 (not 2): drop",
     ),
     "resumed into another folder": ("--resume old --out new", OLD, "drop --out"),
-    "resumed from settings cut short": ("--resume old", {"old/config.json": '{"steps": 1'}, "config.json: Expecting"),
-    "resumed from a list of settings": ("--resume old", {"old/config.json": "[1]"}, "it holds no table of settings"),
+    "resumed from settings cut short": ("--resume old", {"old/config.json": '{"steps": 1'}, "json: Expecting"),
+    "resumed from a list of settings": ("--resume old", {"old/config.json": "[1]"}, "no table of settings"),
     "resumed with a setting too many": (
         "--resume old", {"old/config.json": config(gamma=1)}, "unrecognized arguments: --gamma=1",
     ),
     "resumed with words for a number": (
-        "--resume old", {"old/config.json": config(steps="ten")}, "argument --steps: invalid int value: 'ten'",
+        "--resume old", {"old/config.json": config(steps="ten")}, "--steps: invalid int value: 'ten'",
     ),
     "resumed with a setting out of range": (
         "--resume old", {"old/config.json": config(allocator="magic")}, "--allocator magic: choose from",
@@ -137,7 +137,7 @@ CASES = {
     "comparing a run that is not there": ("--compare no/such/run", {}, "no config.json, metrics.jsonl"),
     "comparing with a flag for training": ("--compare old --lr 1", OLD, "--compare draws what exists"),
     "comparing a run without a step": ("--compare old", OLD, "of at least one step there"),
-    "comparing damaged metrics": ("--compare old", OLD | STEP | {"old/metrics.jsonl": "{\n"}, "jsonl is damaged"),
+    "comparing damaged metrics": ("--compare old", OLD | STEP | {"old/metrics.jsonl": "{\n"}, "is damaged"),
     "comparing into a folder that is not there": (
         "--compare old --out no/such.png", OLD | STEP, "name a picture",
     ),
@@ -218,7 +218,7 @@ MODELS = {  # name: (what is done to a copy of the embedded model, more flags, w
     "another model's tokenizer": (tokens_of_another_model, "", "its weights know 16 tokens"),
     "a config that is no JSON": (lambda m: (m / "config.json").write_text("{"), "", "loaded (OSError"),
     "a model nobody knows": (edit_json("config.json", model_type="x"), "", "cannot be loaded (ValueError"),
-    "weights of another shape": (edit_json("config.json", intermediate_size=64), "", "or not of its config.json's shape"),
+    "weights of another shape": (edit_json("config.json", intermediate_size=64), "", "config.json's shape"),
     "weights with a layer missing": (
         edit_weights(lambda w: {k: v for k, v in w.items() if "layers.1." not in k}), "",
         "are missing from its weights",
