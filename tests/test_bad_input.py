@@ -112,7 +112,7 @@ CASES = {
         "--resume old --lr 1 --steps 100 --seed 2", OLD, "has --lr 0.0003 (not 1.0), --seed 0 (not 2): drop",
     ),
     "resumed into another folder": ("--resume old --out new", OLD, "drop --out"),
-    "resumed from settings cut short": ("--resume old", {"old/config.json": '{"steps": 1'}, "json: Expecting"),
+    "resumed from settings cut short": ("--resume old", {"old/config.json": '{"steps": 1'}, ": Expecting"),
     "resumed from a list of settings": ("--resume old", {"old/config.json": "[1]"}, "no table of settings"),
     "resumed with a setting too many": (
         "--resume old", {"old/config.json": config(gamma=1)}, "unrecognized arguments: --gamma=1",
