@@ -116,6 +116,12 @@ def path_or_name(text: str) -> str:
     return os.path.abspath(path) if path.exists() and not name else text
 
 
+# FILE.py:FUNCTION, its file absolute.
+def reward_name(text: str) -> str:
+    file, colon, name = text.rpartition(":")
+    return f"{path_or_name(file)}:{name}" if colon else text
+
+
 def file_path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -135,7 +141,7 @@ def judge_of(spec: str | None, instruction: str):
 # ---- The command line ---------------------------------------------------------------------------------
 def parse_args(argv=None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add, tasks = parser.add_argument, f"arithmetic, a file of rows, {', '.join(HUB)} [arithmetic]"
     models = "tiny, a folder, or a hub id; several are compared [tiny]"
     add("--model", nargs="+", type=path_or_name, default=["tiny"], help=models)
@@ -147,7 +153,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, metavar="N", help="[1024, or what the context leaves]")
     add("--instruction", help="text after each prompt [none; hub tasks: \\boxed{} please]")
     add("--lenient", action="store_true", help="an answer without the box asked for counts too")
-    add("--reward", type=path_or_name, help="your own, FILE.py:FUNCTION (see reward.py)")
+    add("--reward", type=reward_name, help="your own, FILE.py:FUNCTION (see reward.py)")
     add("--chat", action="store_true", help="wrap prompts in the model's chat template")
     add("--chat-template-kwargs", type=json_object, default="{}", metavar="JSON", help="for it")
     add("--engine", choices=["auto", "vllm", "hf"], default="auto", help="who samples [auto]")
@@ -455,7 +461,7 @@ def draw_runs(runs: list[Path], path: Path) -> None:
                 axis.set(title=title + change, xlabel="rollouts spent")
             # Each prompt's newest visit, if it was in the last thousand steps.
             newest = {}
-            for g in map(json.loads, (run / "groups.jsonl").read_text().splitlines()[-1000:]):
+            for g in list(each_row(run / "groups.jsonl"))[-1000:]:
                 newest |= zip(g["ids"], zip(g["estimate"], g["counts"], strict=True), strict=True)
             p, n = np.array(list(newest.values())).T
             last.plot(p, n, **style | {"linestyle": "", "alpha": 0.4})

@@ -169,9 +169,10 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
     if (asked, solved) != ("prompt", "answer"):
         notes.add(f"read are {asked} and {solved}")
     if isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt):
-        turns = [str(turn.get("content", "")) for turn in prompt]  # a conversation
+        turns = [turn.get("content") for turn in prompt]  # a conversation
         answer = turns.pop() if solved == "messages" and turns else answer
-        prompt = "\n\n".join(turns)
+        # Parts of pictures and the like are no text: such a prompt is refused below.
+        prompt = "\n\n".join(turns) if all(isinstance(t, str) for t in turns) else None
     if solved == "reward_model" and isinstance(answer, dict):
         answer = answer.get("ground_truth")  # verl's
     if solved == "final_answer" and isinstance(answer, list):
@@ -186,19 +187,29 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
         gold = (SAID.findall(text) or ["" if prose else text])[-1]
     if gold not in ("", text):
         notes.add("answers are cut out of a text")
+    if not answers:  # nobody compares it with anything: it stays as it is, in extra
+        gold, keys = str(answer or ""), (asked, "id")
+    else:
+        keys = (asked, solved, "id")
     faults = {
         "prompt must be text": not isinstance(prompt, str),
         "the prompt is blank": not str(prompt).strip(),
         "the id must be text or a number": type(id_) not in (str, int),
-        "answer must be text or a number": type(answer) not in (str, int, float),
-        "answer is missing or endless": gold == "nan" or len(gold) > MAX_ANSWER,
-        # "\frac" in JSON is a form feed and "rac".
-        "control character (write \\ twice)": re.search(r"[\0-\x09\x0b-\x1f]", gold),
-        "unmatched brace": last_boxed(rf"\boxed{{{gold}}}") != gold,
     }
+    faults |= (
+        {}
+        if not answers
+        else {
+            "answer must be text or a number": type(answer) not in (str, int, float),
+            "answer is missing or endless": gold == "nan" or len(gold) > MAX_ANSWER,
+            # "\frac" in JSON is a form feed and "rac".
+            "control character (write \\ twice)": re.search(r"[\0-\x09\x0b-\x1f]", gold),
+            "unmatched brace": last_boxed(rf"\boxed{{{gold}}}") != gold,
+        }
+    )
     for fault in filter(faults.get, faults):
         raise ValueError(f"{where}: {fault}: {answer!r:.50} for {prompt!r:.50}")
-    extra = {key: row[key] for key in row if key not in (asked, solved, "id")}
+    extra = {key: row[key] for key in row if key not in keys}
     return Task(str(id_), prompt, gold, extra)
 
 
@@ -490,11 +501,14 @@ def _serve(pipe: Connection) -> None:
 
 
 def load_reward(spec: str):
-    """The function that "FILE.py:FUNCTION" names. What its file raises is not caught."""
+    """The function that "FILE.py:FUNCTION" names."""
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser()
     sys.path.append(str(path.parent))  # for modules beside it
-    found = runpy.run_path(str(path)) if path.is_file() else {}
+    try:
+        found = runpy.run_path(str(path)) if path.is_file() else {}
+    except Exception as error:  # the user's own: its traceback shows
+        raise RuntimeError(f"{file} failed: {error!r}") from error
     if not callable(found.get(name)):
         raise ValueError(f"no function {name!r} in {file!r}: --reward FILE.py:FUNCTION")
     return found[name]

@@ -265,7 +265,7 @@ def canary(model, rollouts, c: Config, token_logprobs) -> float:
 
     few = rollouts[:: max(1, len(rollouts) // 4)][:4]  # from all over the batch
     sampled = np.concatenate([r.logprobs for r in few])  # (tokens,)
-    if not np.isfinite(sampled).all():
+    if not all(np.isfinite(r.logprobs).all() for r in rollouts):
         raise RunStopped(f"the model's log-probs are not finite; {BLOWN_UP}")
     with torch.no_grad():
         ours = token_logprobs(model, few, c.temperature).cpu().numpy()  # (tokens,)
@@ -288,8 +288,11 @@ ROW = ("step", "reward_mean", "reward_rollouts", "effective_rollouts", "effectiv
 def log(out: Path, name: str, row: dict) -> None:
     """Every row of a run goes through here; `name` is metrics, groups or samples. To send rows to
     TensorBoard or W&B too, add it here (tutorial/9_use_it_elsewhere.md has the lines)."""
+    # NaN and infinity are no JSON: others could not read the file.
+    if bad := [k for k, v in row.items() if isinstance(v, float) and not np.isfinite(v)]:
+        raise RunStopped(f"{', '.join(bad)} at step {row['step']}: not finite; {BLOWN_UP}")
     with (out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")  # NaN is no JSON: others could not read it
+        file.write(json.dumps(row) + "\n")
 
 
 # Mean success over the held-out problems, and its standard error. The seed is always the same: with
@@ -469,6 +472,7 @@ def save_checkpoint(run: Run) -> None:
         flat = {f"{i}.{name}": x.contiguous() for i, of in moments.items() for name, x in of.items()}
         save_file(flat, part / "optimizer.safetensors")
         state = run.state | {"tracker": run.tracker.state_dict(), "optimizer": groups}
+        state["config"] = asdict(run.config)
         (part / "state.json").write_text(json.dumps(state))
     # Only now do older ones go: all but the last two and the best.
     steps = sorted(folder.glob("step-??????"))  # whole ones have no suffix
@@ -523,15 +527,16 @@ def flag(name: str) -> str:
 
 
 # Settings that are more than a word or a number. A path that exists is stored as an absolute one.
-READ = dict.fromkeys(("model", "tasks", "reward"), evaluate.path_or_name)
-READ["chat_template_kwargs"] = evaluate.json_object
+READ = {"model": evaluate.path_or_name, "tasks": evaluate.path_or_name}
+READ |= {"reward": evaluate.reward_name, "chat_template_kwargs": evaluate.json_object}
 
 
 # The command line -> (what was given, all arguments). Bad words are a ValueError.
 def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
     defaults = "Defaults stand in brackets: those of --model tiny | those of any other --model."
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=defaults, formatter_class=raw)
+    about = {"description": __doc__, "epilog": defaults, "formatter_class": raw}
+    parser = argparse.ArgumentParser(allow_abbrev=False, **about)
     parser.error = lambda message: need(False, message)  # one line, as all errors here
     add = parser.add_argument
     for f in dataclasses.fields(Config):
@@ -598,7 +603,7 @@ def read_config(out: Path) -> Config:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         need(isinstance(stored, dict), "it holds no table of settings")
-        need("model_type" not in stored, f"a model and no run; --resume {out.parent}")
+        need("model_type" not in stored, "a model and no run; --resume the run's own folder")
         flags = [flag(k) if v is True else f"{flag(k)}={v}" for k, v in stored.items() if v is not False]
         return Config(**parse_args(flags)[0])  # names and types as on a command line
     except ValueError as error:
@@ -620,7 +625,7 @@ def new_folder(c: Config, wanted: Path | None) -> Path:
             return out
         except FileExistsError:
             if wanted:
-                empty = out.is_dir() and not any(out.iterdir())
+                empty = out.is_dir() and {path.name for path in out.iterdir()} <= {"lock"}
                 need(empty, f"--out {out} is not an empty folder: choose another, or --resume it")
                 return out
     raise ValueError(f"runs/{name} and all its numbers are taken: choose a folder with --out")
@@ -639,21 +644,24 @@ def lock(out: Path):
 # What a checkpoint says of a run besides its model, when nothing has happened yet. The tasks are hashed:
 # a run goes on with those that it began with, or not at all.
 def first_state(c: Config, train_tasks, held_out) -> dict:
-    used = len(train_tasks) // c.prompts * c.prompts
-    tasks = hashlib.sha256(repr(train_tasks[:used] + held_out).encode()).hexdigest()
+    tasks = hashlib.sha256(repr(train_tasks + held_out).encode()).hexdigest()
     return {"tasks": tasks, "step": 0, "best": (-1.0, 0)}  # step: the last one done; best: success, step
 
 
 # A new run, in a folder of its own.
 def open_new(c: Config, wanted: Path | None) -> Run:
     rollout.resolve_model(c.model)  # an unknown name is said before anything is made
-    tasks, out = prepare(c), new_folder(c, wanted)
+    tasks, ours = prepare(c), not (wanted and wanted.exists())
+    out = new_folder(c, wanted)
     locked = lock(out)
     try:
         save_config(out, c)
         return set_up(c, out, locked, *tasks, None, first_state(c, *tasks))
     except BaseException:  # a run that never began leaves nothing behind
-        shutil.rmtree(out)
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if ours:  # the folder itself may be the user's
+            out.rmdir()
         raise
 
 
@@ -673,15 +681,21 @@ def open_old(given: dict, args) -> Run | None:
     tasks = prepare(now)
     locked, state = lock(out), first_state(now, *tasks)
     checkpoint, saved = newest_checkpoint(out)
-    same = saved.get("tasks") in (None, state["tasks"])
+    used = len(tasks[0]) // c.prompts * c.prompts  # older runs hashed whole batches only
+    older = first_state(now, tasks[0][:used], tasks[1])["tasks"]
+    same = saved.get("tasks") in (None, state["tasks"], older)
     need(same, f"--tasks {c.tasks} has changed since {checkpoint}: put it back")
     rows = out / "metrics.jsonl"
     whole = checkpoint or not rows.is_file() or not rows.stat().st_size
     need(whole, f"{out} has rows, but no whole checkpoint: it is left as it is; start a new run")
+    was = {k: READ.get(k, lambda text: text)(v) for k, v in saved.pop("config", {}).items() if k != "steps"}
+    edited = [flag(k) for k, v in was.items() if v != getattr(c, k, v)]
+    need(not edited, f"{out}/config.json has changed: {', '.join(edited)}: put it back")
+    run = set_up(now, out, locked, *tasks, checkpoint, state | saved)
     if longer:
         shutil.rmtree(out / "final", ignore_errors=True)  # first: config.json then says why
         save_config(out, now)
-    return set_up(now, out, locked, *tasks, checkpoint, state | saved)
+    return run
 
 
 # Loads what takes seconds, and finds everything that can be wrong with it: a ValueError each.
@@ -710,7 +724,8 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
     limits = (c.max_new_tokens, c.temperature)
     if engine == "vllm":  # before the model moves to the GPU: the engine measures how much is free
         trust = {"trust_remote_code": c.trust_remote_code}
-        sampler = rollout.VLLMSampler(path, tokenizer, *limits, longest, c.gpu_memory, **trust)
+        with rollout.loading(path):
+            sampler = rollout.VLLMSampler(path, tokenizer, *limits, longest, c.gpu_memory, **trust)
     else:
         sampler = rollout.HFSampler(model, tokenizer, *limits)
     model.to(rollout.device())
@@ -758,6 +773,8 @@ def check_model(c: Config, out: Path, model, prompts: list) -> int:
     both = f"a prompt of {longest} tokens and --max-new-tokens {c.max_new_tokens}"
     fits = longest + c.max_new_tokens <= context
     need(fits, f"{both} exceed the model's context of {context}: lower them")
+    layers = any(hasattr(m, "_can_checkpoint_with_cache") for m in model.modules())
+    need(layers or not c.checkpointing, f"--model {c.model} cannot do --checkpointing: drop it")
     # Two checkpoints (weights and two moments) and final/: the new one is whole before an old one goes.
     size = (2 * 3 + 1) * sum(p.nbytes for p in model.parameters())
     free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*"))

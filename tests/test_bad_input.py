@@ -126,10 +126,14 @@ CASES = {
     "resumed somebody's run that would run code": (
         "--resume old", {"old/config.json": config(trust_remote_code=True)}, "add --trust-remote-code",
     ),
+    "resumed after its settings were edited": (
+        "--resume old", OLD | checkpoint(config=CONFIG | {"lr": 0.5}), "json has changed: --lr: put it",
+    ),
+    "resumed with an abbreviated setting": ("--resume old", {"old/config.json": '{"ste": 9}'}, "--ste=9"),
     "resumed with fewer steps": ("--resume old --steps 50", OLD, "has --steps 100 (not 50): drop that"),
     "resumed without a whole checkpoint": ("--resume old", OLD, "has rows, but no whole checkpoint"),
     "resumed a model instead of its run": (
-        "--resume old/final", {"old/final/config.json": '{"model_type": "llama"}'}, "no run; --resume old",
+        "--resume old/final", {"old/final/config.json": '{"model_type": "llama"}'}, "no run; --resume",
     ),
     "resumed after its tasks were edited": (
         "--resume old", OLD | checkpoint(tasks="another fingerprint"), "--tasks arithmetic has changed",

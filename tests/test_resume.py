@@ -240,7 +240,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
 
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     run = SimpleNamespace(out=tmp_path, model=Part(), tokenizer=Part(), optimizer=optimizer)
-    run.tracker, kept = knapsack.SuccessTracker(), []
+    run.tracker, run.config, kept = knapsack.SuccessTracker(), train.Config(), []
     for step in range(1, 6):
         held = [path.name for path in checkpoints(tmp_path)]
         run.state = {"step": step, "best": (0.5, min(step, 2))}

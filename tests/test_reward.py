@@ -984,9 +984,12 @@ def test_what_was_taken_is_said(tmp_path):
 
 def test_a_reward_of_ones_own_may_need_no_answer(tmp_path):
     """Catches: tasks for unit tests or a judge that are refused for want of an answer."""
-    rows = [{"prompt": "a", "tests": "f(1)"}, {"prompt": "b", "answer": "", "tests": "f(2)"}]
+    code = "def f(x):\n\treturn {x: 1"  # no answer that could be compared, and none that must be
+    rows = [{"prompt": "a", "tests": "f(1)"}, {"prompt": "b", "answer": None, "tests": "f(2)"}]
+    rows.append({"prompt": "c", "solution": code, "tests": ["f(3)"]})
     path = _write(tmp_path / "t.jsonl", *rows)
     tasks = load_tasks(path, answers=False)
-    assert [(t.answer, t.extra["tests"]) for t in tasks] == [("", "f(1)"), ("", "f(2)")]
+    assert [t.extra["tests"] for t in tasks] == ["f(1)", "f(2)", ["f(3)"]]
+    assert tasks[2].answer == tasks[2].extra["solution"] == code
     with pytest.raises(ValueError, match="needs the keys"):
         load_tasks(path)

@@ -214,6 +214,16 @@ def test_the_large_models_run_is_allocated():
     assert visits.min() >= 6 and len(flat) > 150 and np.mean(flat) < 0.1
 
 
+def test_a_failed_start_leaves_the_users_folder(tmp_path):
+    """Catches: a folder that the user made deleted with what was put into it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for out in ("mine", "link", "new"):
+        done = train("--max-prompt-tokens", "3", "--engine", "hf", "--out", tmp_path / out)
+        assert "do not fill a batch" in done.stderr and done.stderr.count("\n") == 1
+        assert not list((tmp_path / "mine").iterdir()) and not (tmp_path / "new").exists()
+
+
 def test_long_prompts_are_left_out(tmp_path):
     """Catches: one long row that refuses the whole file, or moves the ids of the others."""
     sums = [f"{a}+{b}=" for a in range(1, 7) for b in range(1, 7)]

@@ -1,5 +1,6 @@
 """Numerical trouble is seen, named, and survived or ended with advice: each test provokes one kind."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -84,6 +85,20 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(train.RunStopped, match="the weights are not finite after step 7: not saved"):
         train.save_checkpoint(run)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_log_prob_that_is_no_number_is_one_line(main, tmp_path, monkeypatch):
+    """Catches: NaN in a rollout that the canary does not look at."""
+    honest = rollout.HFSampler.sample
+
+    def spoilt(self, prompts, counts, seed):
+        rollouts = honest(self, prompts, counts, seed)
+        nan = (float("nan"),) * len(rollouts[1].logprobs)
+        return [rollouts[0], dataclasses.replace(rollouts[1], logprobs=nan), *rollouts[2:]]
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", spoilt)
+    error, _ = main(*SMALL, "--out", tmp_path / "run")
+    assert "not finite" in error and "\n" not in error
 
 
 def test_a_full_gpu_is_one_line(main, tmp_path, monkeypatch):
