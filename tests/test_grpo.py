@@ -629,8 +629,11 @@ def test_steps_that_are_not_finite_are_not_taken(model):
     """Catches: NaN written into the weights, and a skip that nobody counts."""
     rollouts, advantages = example()
     broken = copy.deepcopy(model)
+    grpo.check_logprobs(broken)  # it was sound once
     with torch.no_grad():
         broken.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="nan nats off"):
+        grpo.check_logprobs(copy.deepcopy(broken))
     before = copy.deepcopy(broken.state_dict())
     optimizer = torch.optim.SGD(broken.parameters(), lr=1.0)
     for _ in range(2):
