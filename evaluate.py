@@ -461,7 +461,8 @@ def draw_runs(runs: list[Path], path: Path) -> None:
                 axis.set(title=title + change, xlabel="rollouts spent")
             # Each prompt's newest visit, if it was in the last thousand steps.
             newest = {}
-            for g in list(each_row(run / "groups.jsonl"))[-1000:]:
+            lines = (run / "groups.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # not a torn one
+            for g in map(json.loads, lines[-1000:]):
                 newest |= zip(g["ids"], zip(g["estimate"], g["counts"], strict=True), strict=True)
             p, n = np.array(list(newest.values())).T
             last.plot(p, n, **style | {"linestyle": "", "alpha": 0.4})

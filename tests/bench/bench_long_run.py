@@ -75,7 +75,7 @@ def long_files(folder: Path, n_rows: int) -> dict:
     result = {"rows": n_rows, "megabytes": round(sum(p.stat().st_size for p in folder.iterdir()) / 1e6)}
     start = time.process_time()
     for _ in range(100):
-        train.append(folder / "metrics.jsonl", metrics[-1] | {"step": n_rows})
+        train.log(folder, "metrics", metrics[-1] | {"step": n_rows})
     result["cpu_seconds_append"] = (time.process_time() - start) / 100
     start = time.process_time()
     train.cut_back(folder, n_rows - 1)
