@@ -289,7 +289,7 @@ def test_the_gpu_bench_runs(tmp_path):
     bench = json.loads((tmp_path / "bench.json").read_text())
     phases = [row["phase"] for row in bench["phases"] if row["seconds"] >= 0]
     step = ["generate", "canary", "sleep", "update", "wake and sync"]
-    assert phases[4:] == [*step * 3, "bare generate", "bare generate, no seeds"]
+    assert phases[4:] == [*step * 3, *["sampler", "bare", "bare, no seeds"] * 3]
     for row in bench["steps"]:
         assert row["shortest_response"] == bench["response"] and row["grad_norm"] > 0
         assert row["logprob_gap"] < 1e-4  # and the engine held new weights each time, or sync would have said
