@@ -679,7 +679,7 @@ FAULTS = {
     "prompt not text": ({"prompt": 3, "answer": "2"}, "prompt must be text"),
     "prompt blank": ({"prompt": " ", "answer": "2"}, "the prompt is blank"),
     "unknown columns": ({"text": "p", "label": "2"}, r"found \['text', 'label'\]"),
-    "a conversation without text": ({"prompt": [{"role": "user"}], "answer": "2"}, "the prompt is blank"),
+    "a conversation without text": ({"prompt": [{"role": "user"}], "answer": "2"}, "prompt must be text"),
     "answer null": ({"prompt": "p", "answer": None}, "answer must be text or a number"),
     "answer a list": ({"prompt": "p", "answer": ["2"]}, "answer must be text or a number"),
     "answer a truth value": ({"prompt": "p", "answer": True}, "answer must be text or a number"),
@@ -919,8 +919,10 @@ def test_rewards_that_are_not_there(tmp_path, monkeypatch, spec):
 
 def test_what_the_users_code_raises_is_the_users_to_see(tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    with pytest.raises(ZeroDivisionError):
+    """Catches: an error in the user's file shown as one line about the command."""
+    with pytest.raises(RuntimeError, match="broken.py failed: ZeroDivisionError") as caught:
         load_reward(f"{tmp_path}/broken.py:f")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 def test_what_a_reward_raises_is_no_wrong_input():
