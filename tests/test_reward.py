@@ -918,9 +918,9 @@ def test_rewards_that_are_not_there(tmp_path, monkeypatch, spec):
 
 
 def test_what_the_users_code_raises_is_the_users_to_see(tmp_path):
-    (tmp_path / "broken.py").write_text("1 / 0\n")
     """Catches: an error in the user's file shown as one line about the command."""
-    with pytest.raises(RuntimeError, match="broken.py failed: ZeroDivisionError") as caught:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(RuntimeError, match=r"broken\.py failed: ZeroDivisionError") as caught:
         load_reward(f"{tmp_path}/broken.py:f")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
