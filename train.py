@@ -688,6 +688,7 @@ def open_old(given: dict, args) -> Run | None:
     rows = out / "metrics.jsonl"
     whole = checkpoint or not rows.is_file() or not rows.stat().st_size
     need(whole, f"{out} has rows, but no whole checkpoint: it is left as it is; start a new run")
+    # Edited by hand, it would not be the same run any more. (Older runs hold relative paths.)
     was = {k: READ.get(k, lambda text: text)(v) for k, v in saved.pop("config", {}).items() if k != "steps"}
     edited = [flag(k) for k, v in was.items() if v != getattr(c, k, v)]
     need(not edited, f"{out}/config.json has changed: {', '.join(edited)}: put it back")
