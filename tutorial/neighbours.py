@@ -1,0 +1,698 @@
+"""The neighbours: other published rules for who gets rollouts, and for what silent groups teach. (Chapter 10)
+
+    python tutorial/neighbours.py run --rules uniform neyman spo     # goes on where it was; hours for all
+    python tutorial/neighbours.py table                              # what the rows so far say
+
+First the rules, each with its formula and source beside it, as functions of numbers: M prompts, R rollouts,
+p (M,) or the pair (alpha, beta) of a posterior, q = 1 - p; counts (M,) are whole numbers from n_min to n_max
+and add up to the budget.
+Then how they take their places in train.py (`plug`), then the comparison. Two rules can be joined, as in
+neyman+spo: who gets rollouts from the one, advantages from the other.
+
+The comparison, every run of it with the same number of rollouts, counted as they are drawn:
+
+    lr      each rule x 3 learning rates x seeds 100, 101
+    main    each rule at its best rate, seeds 0 to 7
+
+The best rate has the highest held-out success after 60% of the rollouts or more, over both seeds. A run is
+train.py itself with parts exchanged; its row of results/neighbours.jsonl is not made twice.
+"""
+
+import argparse
+import collections
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import evaluate  # noqa: E402
+import knapsack  # noqa: E402
+import reward  # noqa: E402
+import rollout  # noqa: E402
+import train  # noqa: E402
+
+
+# ---- 1. Who gets rollouts: by what is known before --------------------------------------------------------
+def mean(p):
+    """(M,) p itself, or the mean of its posterior."""
+    return p[0] / (p[0] + p[1]) if isinstance(p, tuple) else np.asarray(p, float)
+
+
+def neyman(p, budget, n_min=2, n_max=128):
+    """VIP (arXiv 2602.01601), before it Neyman (1934): the least variance of the summed gradient.
+
+    With RLOO a prompt's gradient has a variance of p q / (n - 1), times a constant. So n - 1 is
+    proportional to sqrt(p q); in whole numbers, the largest falls of p q / (n - 1) are bought."""
+    if n_min < 2:
+        raise ValueError(f"n_min {n_min}: one rollout has no leave-one-out baseline, so take 2")
+    return knapsack.allocate(p, budget, n_min, n_max, lambda n, p: -p * (1 - p) / (n - 1))
+
+
+def ada_est(p, budget, n_min=2, n_max=128, power=0.5, eps=1e-3):
+    """Reinforce-Ada-Est (arXiv 2510.04996, Alg. 1): n proportional to w = 1 / sqrt(p).
+
+    For the mean of log p a prompt's gradient weighs 1 / p. Its rollouts carry sqrt(1 / p) of that, its
+    advantages the rest (`ada_advantages`). power=1: all of it in the rollouts, n proportional to 1 / p.
+    The sum of -w^2 / n is largest where n is proportional to w, so whole numbers are greedy, too."""
+    w = (mean(p) + eps) ** -power  # (M,)
+    return knapsack.allocate(w / w.max(), budget, n_min, n_max, lambda n, w: -(w**2) / n)
+
+
+def hora(p, budget, n_min=2, n_max=128):
+    """HORA (arXiv 2605.07114): the most prompts with at least one right answer.
+
+    For p ~ Beta(a, b): P(n rollouts, none right) = E[q^n] = B(a, b + n) / B(a, b), the product of
+    (b + j) / (a + b + j), j < n. It falls by less and less, so the greedy is exact."""
+    if isinstance(p, tuple):
+        a, b = (np.asarray(x, float)[:, None] for x in p)  # (M, 1)
+        j = np.arange(n_max)
+        wrong = (b + j) / (a + b + j)  # (M, n_max): the next one, after j wrong ones
+    else:
+        wrong = np.repeat(1 - np.asarray(p, float)[:, None], n_max, axis=1)
+    none = np.hstack([np.ones((len(wrong), 1)), wrong.cumprod(1)])  # (M, n_max + 1): after n rollouts
+    return n_min + knapsack.solve_greedy(-none[:, n_min:], spare(len(none), budget, n_min, n_max))
+
+
+def coba(p, budget, n_min=2, n_max=128, failure=0.5, kappa=11.0, tau=1.0, low=1.5):
+    """CoBA-RL (arXiv 2602.03048, Eq. 5 to 9): (1 - exp(-n p q / tau)) x density of Beta(alpha, beta) at p.
+
+    failure: mean of 1 - p over the last steps. Where it is high, alpha is: easy prompts are preferred;
+    hard ones later. alpha + beta = kappa = 11. tau and alpha's limits are not in the paper: ours."""
+    f = failure if failure > 0.5 else 1 / (1 + math.exp(-10 * (failure - 0.5)))
+    alpha = np.clip(low + (kappa - 2 * low) * f, low, kappa - low)
+    beta = kappa - alpha
+    norm = math.exp(math.lgamma(kappa) - math.lgamma(alpha) - math.lgamma(beta))
+
+    def value(n, p):
+        return -np.expm1(-n * p * (1 - p) / tau) * norm * p ** (alpha - 1) * (1 - p) ** (beta - 1)
+
+    return knapsack.allocate(mean(p), budget, n_min, n_max, value)
+
+
+def push(n_max, p):
+    """(M, n_max + 1): E sqrt(m (n - m)), m of n right, for n = 0, 1, ... n_max.
+
+    With the scaled advantage, (r - mean) / std, the right ones' advantages add up to sqrt(m (n - m)),
+    times sqrt((n - 1) / n): so hard does a group push (chapter 5). Polya's urn gives the chances of m
+    for a posterior: after m right ones of n, the next one is right with (alpha + m) / (alpha + beta + n)."""
+    a, b = (np.asarray(x)[:, None] for x in p) if isinstance(p, tuple) else (np.asarray(p)[:, None], None)
+    chance, worth = np.ones((len(a), 1)), np.zeros((len(a), n_max + 1))
+    for n in range(n_max):
+        m = np.arange(n + 1)
+        right = a + 0 * m if b is None else (a + m) / (a + b + n)  # (M, n + 1)
+        chance = np.pad(chance * (1 - right), ((0, 0), (0, 1))) + np.pad(chance * right, ((0, 0), (1, 0)))
+        m = np.arange(n + 2)
+        worth[:, n + 1] = chance @ np.sqrt(m * (n + 1 - m))
+    return worth
+
+
+def expected_push(p, budget, n_min=2, n_max=128):
+    """The largest summed push. Its gains rise before they fall, and not to 0: by dynamic programming."""
+    worth = push(n_max, p)[:, n_min:]
+    # Everything is spent: a slope adds the same to all ways to do so (as in knapsack.allocate).
+    slope = 2 * np.ptp(worth) * np.arange(worth.shape[1])
+    return n_min + knapsack.solve_dp(worth + slope, spare(len(worth), budget, n_min, n_max))
+
+
+def spare(m, budget, n_min, n_max):
+    """What is left of the budget once each of m prompts has n_min."""
+    if not m * n_min <= budget <= m * n_max:
+        raise ValueError(f"budget {budget}: {m} prompts take from {m * n_min} to {m * n_max}")
+    return budget - m * n_min
+
+
+# ---- 2. Who gets rollouts: by how the first ones came out --------------------------------------------------
+# draw(prompts, counts) draws counts[i] rollouts of prompts[i] (numbers below m) and returns their rewards, an
+# array a prompt. What is drawn counts. Each rule returns the rewards of all that it drew, a list a prompt.
+def in_rounds(draw, m, budget, k, most, enough):
+    """k rollouts at a time of each prompt, until enough(rewards) or `most`, while the budget lasts."""
+    rewards = [np.zeros(0) for _ in range(m)]
+    active = list(range(m))
+    while active := active[: budget // k]:
+        for i, new in zip(active, draw(active, [k] * len(active)), strict=True):
+            rewards[i] = np.append(rewards[i], new)
+        budget -= k * len(active)
+        active = [i for i in active if len(rewards[i]) + k <= most and not enough(rewards[i])]
+    return rewards
+
+
+def ada_seq(draw, m, budget, k=4, right=2, wrong=2, most=32):
+    """Reinforce-Ada-Seq (arXiv 2510.04996, Alg. 2), balanced: until so many are right and so many wrong.
+
+    Its mean is that of all that was drawn. (The paper then keeps n of a prompt, half of them right, and
+    multiplies by 1 / p; ragged groups need no such step: what is drawn more often weighs more.)"""
+    return in_rounds(draw, m, budget, k, most, lambda r: r.sum() >= right and (1 - r).sum() >= wrong)
+
+
+def ar3po(draw, m, budget, k=4, stages=4):
+    """AR3PO (arXiv 2509.25808): stages of k rollouts; a prompt with a right one has no further stage."""
+    return in_rounds(draw, m, budget, k, k * stages, lambda r: r.any())
+
+
+def hora_staged(draw, m, budget, n_max=128, probe=4):
+    """HORA as published: `probe` rollouts each, then Beta(1 + right, 1 + wrong) says who gets the rest."""
+    first = draw(range(m), [probe] * m)
+    right = np.array([r.sum() for r in first])
+    more = hora((1 + right, 1 + probe - right), budget - probe * m, 0, n_max - probe)
+    rest = dict(zip(np.flatnonzero(more), draw(np.flatnonzero(more), more[more > 0]), strict=True))
+    return [np.append(r, rest.get(i, [])) for i, r in enumerate(first)]
+
+
+def dapo(batches, keep):
+    """DAPO's dynamic sampling (arXiv 2503.14476, Sec. 3.2): the first `keep` mixed groups, [(batch, label)].
+
+    batches: what was drawn so far, (rewards, group) each. None: too few are mixed, so draw another batch."""
+    mixed = [
+        (b, int(g))
+        for b, (rewards, group) in enumerate(batches)
+        for g in np.unique(group)
+        if np.ptp(rewards[group == g]) > 0
+    ]
+    return mixed[:keep] if len(mixed) >= keep else None
+
+
+# ---- 3. What a group teaches: advantages -------------------------------------------------------------------
+# rewards (R,) of 0 and 1, group (R,) from 0 to M - 1 -> advantages (R,)
+def group_mean(rewards, group):
+    """(R,) the mean reward of each one's group."""
+    return (np.bincount(group, rewards) / np.maximum(np.bincount(group), 1))[group]
+
+
+def standardised(x):
+    return (x - x.mean()) / (x.std() + 1e-8)
+
+
+def spo(rewards, group, value):
+    """SPO (arXiv 2509.13232): A = r - value, made to mean 0 and standard deviation 1 over the batch.
+
+    value (M,): the tracker's posterior means before the step. Groups may have one rollout."""
+    return standardised(rewards - value[group])
+
+
+def mapo(rewards, group):
+    """MAPO (arXiv 2509.18849, Eq. 6): (1 - L) (r - mean) / std + L (r - mean) / mean, L = 1 - 4 p q.
+
+    p is the group's mean; for rewards of 0 and 1 std = sqrt(p q)."""
+    p = group_mean(rewards, group)
+    pq = p * (1 - p)
+    A = 4 * pq * (rewards - p) / np.sqrt(np.maximum(pq, 1e-12))
+    A += (1 - 4 * pq) * (rewards - p) / np.maximum(p, 1e-12)
+    return np.where(pq > 0, A, 0.0)
+
+
+def dcpo(rewards, group, right, trials, visit):
+    """DCPO (arXiv 2509.02333, Eq. 5 to 7): this step's standardisation mixed with that of all visits.
+
+    right, trials (M,): of earlier visits. visit (M,): i = 1, 2, ... From the third visit on a group that
+    is silent now still has A = all / i, if it was not silent before."""
+
+    def scaled(p):
+        pq = p * (1 - p)
+        return np.where(pq > 1e-12, (rewards - p) / np.sqrt(np.maximum(pq, 1e-12)), 0.0)
+
+    now = scaled(group_mean(rewards, group))
+    n, s = (np.bincount(group, x, minlength=len(trials)) for x in (None, rewards))
+    all_visits = scaled(((right + s) / np.maximum(trials + n, 1))[group])
+    i = np.asarray(visit)[group]
+    mostly_now = (i - 1) / i * now + all_visits / i
+    mostly_all = now / i + (i - 1) / i * all_visits
+    return np.where(np.abs(mostly_now) < np.abs(mostly_all), mostly_now, mostly_all)
+
+
+def dcpo_clip(old_p, low=0.16, high=0.2):
+    """DCPO's clip range of a ratio (Eq. 4): |r - 1| p_new <= epsilon, so rare tokens may move further.
+
+    old_p: torch tensor of the tokens' old probabilities. Returns (lowest, highest); highest <= 10."""
+    lowest = 0.5 + 0.5 * (1 - 4 * low / old_p).clamp(min=0).sqrt()
+    return lowest, (0.5 + 0.5 * (1 + 4 * high / old_p).sqrt()).clamp(max=10)
+
+
+def copo(local, rewards, group, answers, gamma=20.0, rho=1.5):
+    """COPO (arXiv 2508.04138): w local + (1 - w) global, w = sigmoid(gamma (H - rho)).
+
+    local (R,): the group's own advantages. global: the prompts' mean rewards, standardised over the batch,
+    the same for all rollouts of a prompt. H: entropy of a group's final answers, in nats."""
+    answers = np.asarray(answers)
+    group = np.unique(group, return_inverse=True)[1]  # 0, 1, ... without a gap
+    H = np.zeros(group.max() + 1)  # (M,)
+    for g in range(len(H)):
+        share = np.unique(answers[group == g], return_counts=True)[1] / (group == g).sum()
+        H[g] = -(share * np.log(share)).sum()
+    w = 1 / (1 + np.exp(-gamma * (H - rho)))[group]
+    means = np.bincount(group, rewards) / np.bincount(group)  # (M,)
+    return w * local + (1 - w) * standardised(means)[group]
+
+
+def ada_advantages(rewards, group, power=0.5, eps=1e-3):
+    """Reinforce-Ada's (Alg. 1 with power 1/2, Alg. 2 with 0): (r - mean) / mean^power."""
+    p = group_mean(rewards, group)
+    return (rewards - p) * (p + eps) ** -power
+
+
+def ar3po_advantages(scale, rewards, group, stored):
+    """AR3PO's reuse, option II: in a group that is all wrong, the last one is replaced by a stored right one.
+
+    stored (M,): is there one? scale(rewards, group): GRPO's advantages. The stored answer is not learned
+    from: it has A = 0, the wrong ones beside it what they would have beside a right one."""
+    right = np.bincount(group, rewards)
+    last = np.append(group[1:] != group[:-1], True)  # groups lie one after the other
+    reused = last & (right == 0)[group] & np.asarray(stored)[group]
+    return np.where(reused, 0.0, scale(np.where(reused, 1.0, rewards), group))
+
+
+# ---- 4. ETTRL's first half: no answers needed --------------------------------------------------------------
+def final_answer(text):
+    """The last number of a text, or the text."""
+    found = reward.NUMBER.findall(text)
+    return found[-1] if found else text.strip()
+
+
+def majority(tasks, texts):
+    """TTRL's reward, on which ETTRL (arXiv 2508.11356) builds: 1 for the most frequent answer of the group.
+
+    python train.py --reward tutorial/neighbours.py:majority"""
+    votes = collections.defaultdict(collections.Counter)
+    answers = [final_answer(text) for text in texts]
+    for task, answer in zip(tasks, answers, strict=True):
+        votes[task.id][answer] += 1
+    best = {i: v.most_common(1)[0][0] for i, v in votes.items()}  # of equal ones the first
+    return [float(answer == best[task.id]) for task, answer in zip(tasks, answers, strict=True)]
+
+
+# ---- 5. Their places in train.py ---------------------------------------------------------------------------
+# Rules that know before: functions (tracker, ids, config) -> counts, as in train.ALLOCATORS. Those in FRESH
+# keep something from step to step, so each run makes its own.
+def by(rule):
+    return lambda tracker, ids, c: rule(tracker.posterior(ids), c.budget, c.n_min, c.n_max)
+
+
+def coba_with_memory(steps=10):
+    failures = collections.deque(maxlen=steps)  # the paper does not say how many steps
+
+    def allocate(tracker, ids, c):
+        p = tracker.estimate(ids)
+        failures.append(1 - p.mean())
+        return coba(p, c.budget, c.n_min, c.n_max, failure=float(np.mean(failures)))
+
+    return allocate
+
+
+ALLOCATIONS = {"neyman": by(neyman), "ada-est": by(ada_est), "ada-1/p": by(partial(ada_est, power=1.0))}
+ALLOCATIONS |= {"hora": by(hora), "push": by(expected_push)}
+FRESH = {"coba": coba_with_memory}
+
+# Rules that look at outcomes: functions (draw, m, config).
+DRAWS = {
+    "ada-seq": lambda draw, m, c: ada_seq(draw, m, c.budget),
+    "ar3po": lambda draw, m, c: ar3po(draw, m, c.budget),
+    "hora-staged": lambda draw, m, c: hora_staged(draw, m, c.budget, c.n_max),
+}
+
+
+# Advantages: functions (seen, plain, rewards, group). seen: what `watch` saw; plain: grpo.group_advantages.
+def dcpo_with_memory():
+    past = collections.defaultdict(lambda: np.zeros(3))  # id -> right, trials, visits
+
+    def advantages(seen, plain, rewards, group):
+        right, trials, visits = np.array([past[i] for i in seen.ids]).T
+        A = dcpo(rewards, group, right, trials, visits + 1)
+        for g, i in enumerate(seen.ids):
+            here = group == g
+            past[i] = past[i] + (rewards[here].sum(), here.sum(), here.any())
+        return A
+
+    return advantages
+
+
+def copo_of(seen, plain, rewards, group):
+    answers = [final_answer(r.text) for r in seen.rollouts]
+    return copo(plain(rewards, group), rewards, group, answers)
+
+
+ADVANTAGES = {
+    "spo": lambda seen, plain, rewards, group: spo(rewards, group, seen.p),
+    "mapo": lambda seen, plain, rewards, group: mapo(rewards, group),
+    "copo": copo_of,
+    "ada-est": lambda seen, plain, rewards, group: ada_advantages(rewards, group),
+    "ada-1/p": lambda seen, plain, rewards, group: ada_advantages(rewards, group, power=0),
+    "ada-seq": lambda seen, plain, rewards, group: ada_advantages(rewards, group, power=0),
+    "ar3po": lambda seen, plain, rewards, group: ar3po_advantages(plain, rewards, group, seen.solved),
+}
+ADVANTAGES["spo-1"] = ADVANTAGES["spo"]  # 512 groups of one
+FRESH_ADVANTAGES = {"dcpo": dcpo_with_memory}
+FLAGS = {"spo-1": lambda budget: f"--prompts {budget} --n-min 1"}
+OTHER = ("uniform", "paper", "knapsack", "dapo")
+RULES = [*OTHER, *dict.fromkeys([*ALLOCATIONS, *FRESH, *DRAWS, *ADVANTAGES, *FRESH_ADVANTAGES])]
+
+
+def watch():
+    """From now on a run's parts and its rollouts are seen; `handed` takes the place of the next sample."""
+    seen = SimpleNamespace(run=None, ids=[], p=None, solved=None, rollouts=[], handed=None)
+    plain = train.set_up
+
+    def set_up(*args):
+        seen.run = plain(*args)
+        seen.sample = seen.run.sampler.sample
+
+        def sample(prompts, counts, seed):
+            if seen.handed is None:
+                seen.rollouts = seen.sample(prompts, counts, seed)
+            else:
+                time.sleep(0.001)  # the loop divides by the time that sampling took
+                seen.rollouts, seen.handed = seen.handed, None
+            return seen.rollouts
+
+        seen.run.sampler.sample = sample
+        return seen.run
+
+    train.set_up = set_up
+    return seen
+
+
+def drawing(seen, rule):
+    """An allocator that samples already: the loop's own sampling is then handed what was drawn."""
+    seeds = itertools.count(500_000)  # no step's own seed
+
+    def allocate(tracker, ids, c):
+        task, drawn = {t.id: t for t in seen.run.train_tasks}, []
+
+        def draw(prompts, counts):
+            asked = [seen.run.prompts[ids[i]] for i in prompts]
+            got = seen.sample(asked, counts, train.step_seed(c.seed, next(seeds)))
+            got = [replace(r, group=int(prompts[r.group])) for r in got]
+            rewards = reward.grade(seen.run.judge, [task[ids[r.group]] for r in got], [r.text for r in got])
+            drawn.extend(got)
+            group = np.array([r.group for r in got])
+            return [rewards[group == i] for i in prompts]
+
+        rule(draw, len(ids), c)
+        seen.handed = sorted(drawn, key=lambda r: r.group)
+        return np.bincount([r.group for r in drawn], minlength=len(ids))
+
+    return allocate
+
+
+def dapo_updates(keep):
+    """grpo.update waits until `keep` groups are mixed; the model stays what it was meanwhile."""
+    import grpo
+
+    plain, held = grpo.update, []
+
+    def update(model, optimizer, rollouts, advantages, *rest, **more):
+        held.append((rollouts, advantages))
+        labels = [np.array([r.group for r in rollouts]) for rollouts, _ in held]
+        kept = dapo([(A, g) for (_, A), g in zip(held, labels, strict=True)], keep)
+        if kept is None:
+            none = dict.fromkeys(("loss", "grad_norm", "kl", "entropy_live", "clip_low", "clip_high"))
+            return none | {"steps_skipped": 0, "skipped_tokens": 1.0}
+        new = {key: label for label, key in enumerate(kept)}
+        chosen = [
+            (replace(r, group=new[b, r.group]), a)
+            for b, (rollouts, A) in enumerate(held)
+            for r, a in zip(rollouts, A, strict=True)
+            if (b, r.group) in new
+        ]
+        held.clear()
+        used, A = zip(*chosen, strict=True)
+        return plain(model, optimizer, used, np.array(A), *rest, **more)
+
+    grpo.update = update
+
+
+def dcpo_losses():
+    """grpo.clipped_loss with DCPO's clip range in place of its own."""
+    import grpo
+
+    plain = grpo.clipped_loss
+
+    def clipped_loss(logp, old_logp, *rest, clip_low=None, clip_high=None, **more):
+        lowest, highest = dcpo_clip(old_logp.exp())
+        return plain(logp, old_logp, *rest, clip_low=1 - lowest, clip_high=highest - 1, **more)
+
+    grpo.clipped_loss = clipped_loss
+
+
+def plug(name):
+    """Makes `--allocator name` that rule, or those joined by +. Returns what is seen of the run."""
+    import grpo
+
+    seen, allocate, plain = watch(), train.ALLOCATORS["uniform"], grpo.group_advantages
+    for part in name.split("+"):
+        if part not in RULES:
+            raise ValueError(f"no rule {part!r}: choose from {', '.join(RULES)}")
+        if part in train.ALLOCATORS | ALLOCATIONS:
+            allocate = (train.ALLOCATORS | ALLOCATIONS)[part]
+        elif part in FRESH:
+            allocate = FRESH[part]()
+        elif part in DRAWS:
+            allocate = drawing(seen, DRAWS[part])
+        if part in ADVANTAGES | FRESH_ADVANTAGES:
+            rule = ADVANTAGES.get(part) or FRESH_ADVANTAGES[part]()
+            grpo.group_advantages = partial(rule, seen, plain)
+        if part == "dcpo":
+            dcpo_losses()
+        elif part == "dapo":
+            dapo_updates(keep=64)
+
+    def seen_too(tracker, ids, c):
+        seen.ids, seen.p, seen.solved = ids, tracker.estimate(ids), tracker.solved(ids)
+        return allocate(tracker, ids, c)
+
+    train.ALLOCATORS[name] = seen_too
+    return seen
+
+
+# ---- 6. The comparison -------------------------------------------------------------------------------------
+RESULTS = HERE / "results" / "neighbours.jsonl"
+RATES, LR_SEEDS, SEEDS = (1.5e-4, 3e-4, 6e-4), (100, 101), range(8)
+KEY = ("part", "rule", "lr", "seed", "bed")
+
+
+def load(bed=None):
+    rows = list(evaluate.each_row(RESULTS)) if RESULTS.exists() else []
+    return [row for row in rows if bed in (None, row["bed"])]
+
+
+def at(row, shares):
+    """Held-out success after these shares of the rollouts, between two evaluations on a straight line."""
+    spent, success = np.array(row["evaluations"]).T
+    return np.interp(np.asarray(shares) * row["total"], spent, success)
+
+
+def best_rate(rows, rule):
+    scores = collections.defaultdict(list)
+    for row in rows:
+        if (row["part"], row["rule"]) == ("lr", rule):
+            scores[row["lr"]].append(at(row, [0.6, 0.8, 1.0]).mean())
+    return max(scores, key=lambda lr: np.mean(scores[lr]))
+
+
+def run(args):
+    from tqdm import tqdm
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each run
+    fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    bed = f"--tasks {args.tasks} --budget {args.budget} --steps {args.steps}"
+    for part in ("lr", "main"):
+        done = {tuple(row[k] for k in KEY) for row in load()}
+        seeds = LR_SEEDS if part == "lr" else args.seeds
+        jobs = []
+        for seed in seeds:  # seed by seed, so that what was cut short is still balanced
+            for rule in args.rules:
+                rates = RATES if part == "lr" else [best_rate(load(bed), rule)]
+                jobs += [(part, rule, lr, seed, bed) for lr in rates]
+        left = [job for job in jobs if job not in done]
+        with ProcessPoolExecutor(args.workers, **fresh) as pool:
+            rows = pool.map(partial(one, args.work), left)
+            for row in tqdm(rows, part, len(left), unit="run", disable=None):
+                train.log(RESULTS.parent, RESULTS.stem, row)
+
+
+def one(work, job):
+    """A run -> its row."""
+    part, rule, lr, seed, bed = job
+    options = dict(zip(bed.split()[::2], bed.split()[1::2], strict=True))
+    budget, steps = int(options["--budget"]), int(options["--steps"])
+    slug = "-".join(bed.replace("--", "").replace("/", "_").split())
+    folder = work / slug / f"{part}-{rule.replace('/', '_')}-lr{lr:g}-seed{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # a rule's memory is not in a checkpoint
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    flags = FLAGS[rule](budget).split() if rule in FLAGS else []
+    every = max(1, steps // 5)
+    words = f"--allocator {rule} --lr {lr} --seed {seed} --eval-every {every} {bed}".split()
+    seen = plug(rule)
+    with folder.with_name(folder.name + ".log").open("w") as log:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                train.main([*words, *flags, "--out", str(folder)])
+                # A rule that drew less goes on until it has drawn as much.
+                while (more := steps * budget - sum(spent := spent_in(folder))) >= budget / 2:
+                    seen.run.locked.close()
+                    further = len(spent) + max(1, round(more / np.mean(spent[-10:])))
+                    train.main(["--resume", str(folder), "--steps", str(further)])
+                stopped = None
+            except SystemExit as stop:  # as when the weights are no longer finite: that is a result, too
+                stopped = str(stop.code)
+                if not seen.run:  # a wrong flag is none
+                    raise
+            success = at_the_end(seen.run)
+    return dict(zip(KEY, job, strict=True)) | summary(folder, steps * budget) | success | {"stopped": stopped}
+
+
+def at_the_end(run, samples=16):
+    """pass@1, 4 and 16 on the held-out problems."""
+    c, judge = run.config, evaluate.judge_of(run.config.reward, run.config.instruction)
+    sampler = rollout.HFSampler(run.model, run.tokenizer, c.max_new_tokens, c.eval_temperature)
+    with contextlib.closing(judge) if hasattr(judge, "close") else contextlib.nullcontext():
+        right, _ = evaluate.evaluate(sampler, run.held_out, run.prompts, judge, samples, seed=12345)
+    passed = {k: evaluate.pass_at_k(samples, right.sum(1).astype(int), k).mean() for k in (1, 4, 16)}
+    return {f"pass@{k}": round(float(x), 4) for k, x in passed.items()}
+
+
+def spent_in(folder):
+    return [row["budget"] for row in list(evaluate.each_row(folder / "metrics.jsonl"))[1:]]
+
+
+def summary(folder, total):
+    """What is worth keeping of a run."""
+    rows = list(evaluate.each_row(folder / "metrics.jsonl"))
+    spent = np.cumsum([0] + [row["budget"] for row in rows[1:]])
+    known = [(int(n), row["eval_success"]) for n, row in zip(spent, rows, strict=True)]
+    evaluations = [[n, success] for n, success in known if success is not None]
+    means = {k: np.mean([row[k] for row in rows[1:]]) for k in ("effective_rollouts", "effective_prompts")}
+    return {
+        "total": total,
+        "spent": int(spent[-1]),
+        "steps": len(rows) - 1,
+        "evaluations": evaluations,
+        **{k: round(float(x), 4) for k, x in means.items()},
+        "solved": rows[-1]["distinct_solved"],
+        "seconds": round(sum(row["seconds"] - (row.get("time_eval") or 0) for row in rows[1:]), 1),
+    }
+
+
+# ---- 7. What the rows say ----------------------------------------------------------------------------------
+def student_p(t, df):
+    """Two-sided p of Student's t, for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(df))
+    c2, term, total = math.cos(angle) ** 2, 1.0, 0.0
+    odd = df % 2
+    for k in range(1, (df - odd) // 2 + 1):
+        total += term
+        term *= c2 * (2 * k - (1 - odd)) / (2 * k + odd)
+    if odd:
+        return 1 - 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
+    return 1 - math.sin(angle) * total
+
+
+def holm(p):
+    """Holm's correction: p times the number of comparisons left, never below a smaller one's."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    corrected = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    out = np.empty(len(p))
+    out[order] = corrected.clip(max=1)
+    return out
+
+
+def t95(df):
+    """The t whose two-sided p is 0.05, by bisection."""
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, df) > 0.05 else (low, middle)
+    return low
+
+
+# What is compared: pass@1 and pass@16 at the end, and success averaged over five points of the way.
+MEASURES = {"final": lambda row: row["pass@1"], "pass@16": lambda row: row["pass@16"]}
+MEASURES["all the way"] = lambda row: at(row, [0.2, 0.4, 0.6, 0.8, 1.0]).mean()
+
+
+def paired(rows, rule, measure):
+    """Rule minus uniform, seed by seed: (mean, half a 95% interval by Student's t, two-sided p)."""
+    ours, base = (
+        {r["seed"]: measure(r) for r in rows if (r["part"], r["rule"]) == ("main", name)}
+        for name in (rule, "uniform")
+    )
+    d = np.array([ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())])
+    if len(d) < 2:
+        return d.mean() if len(d) else np.nan, np.nan, 1.0
+    se = d.std(ddof=1) / math.sqrt(len(d))
+    p = student_p(d.mean() / se, len(d) - 1) if se else float(d.mean() == 0)
+    return d.mean(), t95(len(d) - 1) * se, p
+
+
+def lines_of(table):
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in table)
+
+
+BED = "--tasks arithmetic --budget 512 --steps 100"
+
+
+def means_table(bed=BED):
+    """A rule a line: means over seeds of the main runs."""
+    columns = {"pass@1": 3, "pass@4": 3, "pass@16": 3, "effective_rollouts": 2, "effective_prompts": 2}
+    columns |= {"solved": 0, "seconds": 0}
+    table = [["rule", "lr", "seeds", *(k.replace("_", " ") for k in columns)]]
+    table += [["---"] * len(table[0])]
+    rows = [r for r in load(bed) if r["part"] == "main"]
+    for rule in dict.fromkeys(r["rule"] for r in rows):
+        own = [r for r in rows if r["rule"] == rule]
+        means = [f"{np.mean([r[k] for r in own]):.{digits}f}" for k, digits in columns.items()]
+        table.append([rule, f"{own[0]['lr']:g}", len(own), *means])
+    return lines_of(table)
+
+
+def differences_table(bed=BED):
+    """A rule a line, minus uniform: mean ± half a 95% interval; p, and p after Holm over the whole table."""
+    rows = load(bed)
+    rules = [n for n in dict.fromkeys(r["rule"] for r in rows if r["part"] == "main") if n != "uniform"]
+    found = {(n, m): paired(rows, n, f) for n in rules for m, f in MEASURES.items()}
+    corrected = dict(zip(found, holm([p for _, _, p in found.values()]), strict=True))
+    table = [["minus uniform", *(h for m in MEASURES for h in (m, "p", "p, Holm"))]]
+    table += [["---"] * len(table[0])]
+    for n in rules:
+        cells = [n]
+        for m in MEASURES:
+            mean, half, p = found[n, m]
+            cells += [f"{mean:+.3f} ± {half:.3f}", f"{p:.3f}", f"{corrected[n, m]:.3f}"]
+        table.append(cells)
+    return lines_of(table)
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("--rules", nargs="+", default=RULES, help="of them, or joined by + [all]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the main runs [0 to 7]")
+    parser.add_argument("--tasks", default="arithmetic", help="as train.py's [%(default)s]")
+    parser.add_argument("--budget", type=int, default=512, help="rollouts a step [%(default)s]")
+    parser.add_argument("--steps", type=int, default=100, help="of a rule that spends it all [%(default)s]")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/neighbours"), help="run folders [%(default)s]"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time [%(default)s]")
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args)
+    bed = f"--tasks {args.tasks} --budget {args.budget} --steps {args.steps}"
+    print(means_table(bed), differences_table(bed), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
