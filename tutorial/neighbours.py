@@ -22,6 +22,7 @@ import argparse
 import collections
 import contextlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -314,11 +315,17 @@ ALLOCATIONS = {"neyman": by(neyman), "ada-est": by(ada_est), "ada-1/p": by(parti
 ALLOCATIONS |= {"hora": by(hora), "push": by(expected_push)}
 FRESH = {"coba": coba_with_memory}
 
-# Rules that look at outcomes: functions (draw, m, config).
+
+# Rules that look at outcomes: functions (draw, m, config). The first round takes at most half of the budget,
+# and at most four rollouts of a prompt.
+def first_round(m, c):
+    return max(1, min(4, c.budget // m // 2))
+
+
 DRAWS = {
-    "ada-seq": lambda draw, m, c: ada_seq(draw, m, c.budget),
-    "ar3po": lambda draw, m, c: ar3po(draw, m, c.budget),
-    "hora-staged": lambda draw, m, c: hora_staged(draw, m, c.budget, c.n_max),
+    "ada-seq": lambda draw, m, c: ada_seq(draw, m, c.budget, first_round(m, c)),
+    "ar3po": lambda draw, m, c: ar3po(draw, m, c.budget, first_round(m, c)),
+    "hora-staged": lambda draw, m, c: hora_staged(draw, m, c.budget, c.n_max, first_round(m, c)),
 }
 
 
@@ -405,8 +412,8 @@ def drawing(seen, rule):
     return allocate
 
 
-def dapo_updates(keep):
-    """grpo.update waits until `keep` groups are mixed; the model stays what it was meanwhile."""
+def dapo_updates(seen):
+    """grpo.update waits for as many mixed groups as a step has prompts; the model stays what it was."""
     import grpo
 
     plain, held = grpo.update, []
@@ -414,7 +421,8 @@ def dapo_updates(keep):
     def update(model, optimizer, rollouts, advantages, *rest, **more):
         held.append((rollouts, advantages))
         labels = [np.array([r.group for r in rollouts]) for rollouts, _ in held]
-        kept = dapo([(A, g) for (_, A), g in zip(held, labels, strict=True)], keep)
+        drawn = [(A, g) for (_, A), g in zip(held, labels, strict=True)]
+        kept = dapo(drawn, seen.run.config.prompts)
         if kept is None:
             none = dict.fromkeys(("loss", "grad_norm", "kl", "entropy_live", "clip_low", "clip_high"))
             return none | {"steps_skipped": 0, "skipped_tokens": 1.0}
@@ -465,7 +473,7 @@ def plug(name):
         if part == "dcpo":
             dcpo_losses()
         elif part == "dapo":
-            dapo_updates(keep=64)
+            dapo_updates(seen)
 
     def seen_too(tracker, ids, c):
         seen.ids, seen.p, seen.solved = ids, tracker.estimate(ids), tracker.solved(ids)
@@ -479,6 +487,11 @@ def plug(name):
 RESULTS = HERE / "results" / "neighbours.jsonl"
 RATES, LR_SEEDS, SEEDS = (1.5e-4, 3e-4, 6e-4), (100, 101), range(8)
 KEY = ("part", "rule", "lr", "seed", "bed")
+
+
+# What is trained on, and with how many rollouts: part of a row's name.
+def bed_of(args):
+    return f"--tasks {args.tasks} --budget {args.budget} --steps {args.steps} {args.flags}".strip()
 
 
 def load(bed=None):
@@ -505,7 +518,7 @@ def run(args):
 
     os.environ["OMP_NUM_THREADS"] = "1"  # of each run
     fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
-    bed = f"--tasks {args.tasks} --budget {args.budget} --steps {args.steps}"
+    bed = bed_of(args)
     for part in ("lr", "main"):
         done = {tuple(row[k] for k in KEY) for row in load()}
         seeds = LR_SEEDS if part == "lr" else args.seeds
@@ -528,6 +541,9 @@ def one(work, job):
     budget, steps = int(options["--budget"]), int(options["--steps"])
     slug = "-".join(bed.replace("--", "").replace("/", "_").split())
     folder = work / slug / f"{part}-{rule.replace('/', '_')}-lr{lr:g}-seed{seed}"
+    made = folder / "row.json"
+    if made.exists():
+        return json.loads(made.read_text())
     shutil.rmtree(folder, ignore_errors=True)  # a rule's memory is not in a checkpoint
     folder.parent.mkdir(parents=True, exist_ok=True)
     flags = FLAGS[rule](budget).split() if rule in FLAGS else []
@@ -544,12 +560,14 @@ def one(work, job):
                     further = len(spent) + max(1, round(more / np.mean(spent[-10:])))
                     train.main(["--resume", str(folder), "--steps", str(further)])
                 stopped = None
-            except SystemExit as stop:  # as when the weights are no longer finite: that is a result, too
+            except SystemExit as stop:
                 stopped = str(stop.code)
-                if not seen.run:  # a wrong flag is none
+                if not stopped.startswith("train.py: stopped:"):  # weights that blew up are a result
                     raise
             success = at_the_end(seen.run)
-    return dict(zip(KEY, job, strict=True)) | summary(folder, steps * budget) | success | {"stopped": stopped}
+    row = dict(zip(KEY, job, strict=True)) | summary(folder, steps * budget) | success | {"stopped": stopped}
+    made.write_text(json.dumps(row))
+    return row
 
 
 def at_the_end(run, samples=16):
@@ -682,6 +700,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the main runs [0 to 7]")
     parser.add_argument("--tasks", default="arithmetic", help="as train.py's [%(default)s]")
     parser.add_argument("--budget", type=int, default=512, help="rollouts a step [%(default)s]")
+    parser.add_argument("--flags", default="", help="others of train.py's, a value each, in quotes")
     parser.add_argument("--steps", type=int, default=100, help="of a rule that spends it all [%(default)s]")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/neighbours"), help="run folders [%(default)s]"
@@ -690,7 +709,7 @@ def main():
     args = parser.parse_args()
     if args.what == "run":
         run(args)
-    bed = f"--tasks {args.tasks} --budget {args.budget} --steps {args.steps}"
+    bed = bed_of(args)
     print(means_table(bed), differences_table(bed), sep="\n\n")
 
 
