@@ -5,7 +5,7 @@ value each further rollout, and buy the most valuable ones.
     >>> ids = ["easy", "hard", "half"]
     >>> tracker.update(ids, successes=[8, 0, 3], trials=[8, 8, 8])
     >>> allocate(tracker.posterior([*ids, "new"]), budget=32)
-    array([ 2,  5, 16,  9])
+    array([ 2,  8, 12, 10])
 
 In "Knapsack RL" (arXiv 2509.25849) a prompt is an item, its n rollouts are the cost,
 and P(mixed group) x InfoGain is the value. Letters: M prompts, K options of one
@@ -38,7 +38,7 @@ class SuccessTracker:
         shows the model to have moved. 0 switches it off.
     """
 
-    def __init__(self, discount=0.75, prior_strength=0.25, drift=0.0):
+    def __init__(self, discount=0.75, prior_strength=1.0, drift=0.3):
         ok = 0 <= discount <= 1 and 0 <= drift <= 1 and prior_strength > 0
         _need(ok, "choose discount and drift from 0 to 1, prior_strength > 0")
         self.discount, self.prior_strength = discount, prior_strength
@@ -372,6 +372,21 @@ def uniform(m: int, budget: int) -> np.ndarray:
     """GRPO's rule: budget / m each (M,). The first prompts take the remainder."""
     _need(budget >= 0 and (m or not budget), f"{m} prompts, budget = {budget}")
     return np.bincount(np.arange(budget) % max(m, 1), minlength=m)
+
+
+def allocate_saving(posterior, budget: int, n_min=2, mixed=0.3) -> np.ndarray:
+    """Uniform's counts (M,), but n_min where the group is expected to be mixed with a
+    probability below `mixed`: about the same gradient from fewer rollouts than budget.
+
+    posterior: (alpha, beta), (M,) each, as an early guess would be for good."""
+    alpha, beta = (np.asarray(x, float) for x in posterior)
+    even = uniform(len(alpha), budget)  # (M,)
+    right = wrong = np.ones(len(alpha))  # E[p^n] and E[q^n], factor by factor
+    for k in range(even.max(initial=0)):
+        more = k < even
+        right = np.where(more, right * (alpha + k) / (alpha + beta + k), right)
+        wrong = np.where(more, wrong * (beta + k) / (alpha + beta + k), wrong)
+    return np.where(1 - right - wrong < mixed, np.minimum(n_min, even), even)
 
 
 def shadow_price(p, counts, n_max: int = 128) -> float:

@@ -56,6 +56,7 @@ ALLOCATORS = {
         tracker.windowed_rate(ids), c.budget, c.n_min, c.n_max
     ),
     "uniform": lambda tracker, ids, c: knapsack.uniform(len(ids), c.budget),
+    "saving": lambda tracker, ids, c: knapsack.allocate_saving(tracker.posterior(ids), c.budget, c.n_min),
 }
 
 
@@ -69,7 +70,7 @@ def setting(tiny, large, help: str, low=1, high=10**9):
 class Config:
     # What is trained, and on what.
     model: str = setting("tiny", "tiny", "tiny, a folder, or a hub id; a bare Qwen name means Qwen/...")
-    tasks: str = setting("arithmetic", "dapo17k", "arithmetic, a file of rows, or a hub name")
+    tasks: str = setting("arithmetic", "math", "arithmetic, a file of rows, or a hub name")
     limit: int = setting(0, 2048, "train on so many of the tasks, always the same ones (0: on all)", 0)
     reward: str = setting("", "", "your own reward, FILE.py:FUNCTION (see reward.py)")
     instruction: str = setting("", None, "text after each prompt; None: \\boxed{} please for hub tasks")

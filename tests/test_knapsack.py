@@ -18,6 +18,7 @@ from knapsack import (
     allocate,
     allocate_at_price,
     allocate_paper,
+    allocate_saving,
     expected_rollouts,
     expected_value,
     info_gain,
@@ -117,7 +118,7 @@ def random_history(rng, visits=30, pool=12):
 @pytest.mark.parametrize("discount, strength", [(0.75, 0.25), (1.0, 1.0), (0.0, 4.0)])
 def test_posterior_is_the_naive_loop(discount, strength):
     """Catches: rows mixed up as the arrays grow, discounting unvisited prompts, unseen != prior."""
-    tracker, history = SuccessTracker(discount, strength), []
+    tracker, history = SuccessTracker(discount, strength, drift=0), []
     for ids, s, t in random_history(np.random.default_rng(0)):
         tracker.update(ids, s, t)
         history.append({i: x for i, *x in zip(ids, s, t, strict=True)})
@@ -206,7 +207,7 @@ def test_solved_remembers():
 def test_drift_is_the_naive_loop():
     """Catches: a shift that forgets, is applied twice, learns from what it has not yet predicted, takes
     the first batch for a change, or is NaN after a prompt without a rollout."""
-    plain, drifting, shift, most = SuccessTracker(), SuccessTracker(drift=0.3), 0.0, 0.0
+    plain, drifting, shift, most = SuccessTracker(drift=0), SuccessTracker(drift=0.3), 0.0, 0.0
     for ids, s, t in random_history(np.random.default_rng(6)):
         odds = [p / (1 - p) * np.exp(shift) for p in plain.estimate(ids)]
         moved = [o / (1 + o) for o in odds]
@@ -231,7 +232,7 @@ def test_drift_follows_a_model_that_learns():
     """200 prompts, 50 a step; everybody's log-odds rise by 0.1 a step for 40 steps, then stay. Catches: a
     shift of the wrong sign, and one that stays when there is nothing left to follow."""
     rng, start = np.random.default_rng(0), np.random.default_rng(1).normal(-2, 1.5, 200)
-    trackers = SuccessTracker(prior_strength=1), SuccessTracker(prior_strength=1, drift=0.3)
+    trackers = SuccessTracker(drift=0), SuccessTracker()
     error = np.zeros((2, 160))
     for step in range(160):
         ids = np.arange(200)[step % 4 :: 4]
@@ -575,6 +576,20 @@ def big_batches(rng, m):
     yield "little to spend", p, 2 * m + 9
     yield "few are worth much", np.where(np.arange(m) < m // 50, 0.01, 0.0), 3 * m
     yield "all but all of it", p, 12 * m - 9
+
+
+@pytest.mark.parametrize("budget", [64, 100, 203, 512])
+def test_saving_gives_n_min_where_silence_is_likely(budget):
+    """Against Gauss-Jacobi quadrature. Catches: p and q exchanged, a group one too large, a prompt that
+    gets more than uniform, a threshold that is not met from above."""
+    rng = np.random.default_rng(budget)
+    alpha, beta = rng.gamma(1, 2, 64) + 0.05, rng.gamma(1, 2, 64) + 0.05
+    even, counts = uniform(64, budget), allocate_saving((alpha, beta), budget)
+    mixed = knapsack._table(prob_nonzero_gradient, (alpha, beta), np.arange(1, even.max() + 1))
+    mixed = mixed[np.arange(64), even - 1]
+    assert np.array_equal(counts, np.where(mixed < 0.3, np.minimum(2, even), even))
+    assert counts.sum() < budget or even.max() <= 2
+    assert np.array_equal(allocate_saving((alpha, beta), budget, mixed=0), even)
 
 
 def test_a_hundred_thousand_prompts():

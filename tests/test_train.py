@@ -159,7 +159,7 @@ def test_large_models_take_the_large_column():
 
     tiny = module.settings({})
     large = module.settings(module.parse_args(["--model", "Qwen2.5-Math-1.5B", "--lr", "2e-6"])[0])
-    assert (tiny.tasks, large.tasks) == ("arithmetic", "dapo17k")
+    assert (tiny.tasks, large.tasks) == ("arithmetic", "math")
     assert large.lr == 2e-6 and large.max_new_tokens == 1024 and large.minibatches == 8
     assert "boxed" in large.instruction and tiny.instruction == ""
 

@@ -1,0 +1,199 @@
+"""Where does an allocation pay? Many small training runs, one JSON row each.
+
+    python tutorial/where_it_pays.py --beds long --budgets 203 --rules uniform knapsack --seeds 0 1 2
+
+The embedded model practises on one of two beds:
+
+    sums   those of train.py: 2 to 10 digits, half of the groups are mixed at the start
+    long   2 to 24 digits: three quarters of the groups are silent at the start, and what the
+           model can do at all grows from the short ones on
+
+A run is train.py itself: 100 steps, 64 prompts a step, --budget rollouts. At its end the model
+answers 1,024 sums of the bed's kind that no run has seen, four times each, and 256 of them 16
+times. Its row goes to results/where_it_pays.jsonl. What has a row is not run again, and one
+thread does a run: --workers of them go on at a time.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import evaluate  # noqa: E402
+import knapsack  # noqa: E402
+import reward  # noqa: E402
+import rollout  # noqa: E402
+import train  # noqa: E402
+
+RESULTS = HERE / "results" / "where_it_pays.jsonl"
+KEY = ("bed", "rule", "prompts", "budget", "lr", "seed", "steps")
+
+
+# ---- The beds ------------------------------------------------------------------------------------------
+LONGEST = {"sums": 10, "long": 24}  # digits of a sum
+LENGTHS = {"sums": "", "long": "--max-new-tokens 90 --max-prompt-tokens 80"}
+
+
+# n distinct sums "3+5+2=" of 2 to `longest` digits, lengths drawn evenly, none of them in `known`.
+def sums(n: int, longest: int, seed: int, known=()) -> list[reward.Task]:
+    rng, found = random.Random(seed), {}
+    while len(found) < n:
+        digits = [rng.randint(1, 9) for _ in range(rng.randint(2, longest))]
+        prompt = "+".join(map(str, digits)) + "="
+        if prompt not in known:
+            found[prompt] = str(sum(digits))
+    return [reward.Task(f"sum-{seed}-{i}", *item) for i, item in enumerate(found.items())]
+
+
+# The 1,280 problems of a bed, as a file for --tasks; those of train.py need none.
+def tasks_of(bed: str, work: Path) -> str:
+    if bed == "sums":
+        return "arithmetic"
+    path = work / f"{bed}.jsonl"
+    rows = [{"id": t.id, "prompt": t.prompt, "answer": t.answer} for t in sums(1280, LONGEST[bed], seed=0)]
+    if not path.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        evaluate.replace_file(path, lambda part: part.write_text(text))
+    return str(path)
+
+
+# ---- The rules -----------------------------------------------------------------------------------------
+FORMER = dict(discount=0.75, prior_strength=0.25, drift=0.0)  # the tracker's defaults of before
+
+# name: (an entry of train.ALLOCATORS, settings of the tracker, problems at first sight)
+RULES = {
+    "uniform": ("uniform", {}, 1),
+    "paper": ("paper", {}, 1),
+    "knapsack": ("knapsack", {}, 1),
+    "yesterday's estimates": ("knapsack", FORMER, 1),
+    "saving": ("saving", {}, 1),
+    "cheap first look": ("knapsack", {}, 4),
+}
+
+
+# The first epoch with `times` as many prompts a step, so that each gets so many rollouts less.
+def look_first(times: int) -> None:
+    plain = train.batch_of
+
+    def batch_of(tasks, step, c):
+        wide = dataclasses.replace(c, prompts=times * c.prompts)
+        steps = len(tasks) // wide.prompts
+        if step <= steps:
+            return plain(tasks, step, wide)
+        return plain(tasks, step - steps + len(tasks) // c.prompts, c)  # the second epoch
+
+    train.batch_of = batch_of
+
+
+# ---- A run ---------------------------------------------------------------------------------------------
+def one(work: Path, job: dict) -> dict:
+    slug = "-".join(str(job[name]) for name in KEY).replace(" ", "_").replace("'", "")
+    folder, (allocator, memory, times) = work / slug, RULES[job["rule"]]
+    shutil.rmtree(folder, ignore_errors=True)  # cut short, it starts again
+    knapsack.SuccessTracker = partial(knapsack.SuccessTracker, **memory)
+    look_first(times)
+    words = f"--allocator {allocator} --prompts {job['prompts']} --budget {job['budget']} --lr {job['lr']} "
+    words += f"--seed {job['seed']} --steps {job['steps']} --held-out 256 --save-every 10000 "
+    words = words.split() + LENGTHS[job["bed"]].split() + ["--tasks", tasks_of(job["bed"], work)]
+    start = time.perf_counter()
+    with folder.with_name(slug + ".log").open("w") as log:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            train.main([*words, "--out", str(folder)])
+    row = summary(folder) | {"minutes": round((time.perf_counter() - start) / 60, 2)}
+    row |= final(folder / "final", job, work)
+    shutil.copy(folder / "groups.jsonl", folder.with_name(slug + ".groups.jsonl"))
+    shutil.rmtree(folder)
+    return job | row
+
+
+# What is worth keeping of a run folder.
+def summary(folder: Path) -> dict:
+    untouched, *rows = evaluate.each_row(folder / "metrics.jsonl")
+    # [step, held-out success, its standard error]
+    curve = [
+        [r["step"], r["eval_success"], round(r["eval_success_se"], 4)]
+        for r in [untouched, *rows]
+        if r["eval_success"] is not None
+    ]
+    shares = ("effective_rollouts", "effective_prompts", "all_right", "all_wrong")
+    means = {name: round(float(np.mean([r[name] for r in rows])), 4) for name in shares}
+    seconds = {k: round(sum(r[f"time_{k}"] for r in rows), 1) for k in ("allocate", "sample", "update")}
+    spent = sum(r["budget"] for r in rows)
+    return {"curve": curve, "spent": spent, "solved": rows[-1]["distinct_solved"]} | means | seconds
+
+
+# Success of the last model on sums that nobody has seen.
+def final(model: Path, job: dict, work: Path) -> dict:
+    known = {t.prompt for t in reward.load_tasks(tasks_of(job["bed"], work))}
+    tasks = sums(1024, LONGEST[job["bed"]], seed=1, known=known)
+    weights, tokenizer = rollout.load_model(str(model))
+    prompts = rollout.encode_tasks(tokenizer, tasks)
+    sampler = rollout.HFSampler(weights, tokenizer, 90 if job["bed"] == "long" else 40)
+    judge = evaluate.judge_of("", "")
+    four, _ = evaluate.evaluate(sampler, tasks, prompts, judge, 4, seed=1)  # (1024, 4)
+    more, _ = evaluate.evaluate(sampler, tasks[:256], prompts, judge, 12, seed=2)  # (256, 12)
+    sixteen = np.hstack([four[:256], more])  # (256, 16)
+    judge.close()
+    found = {"pass1": four.mean(), "pass4": four.max(1).mean(), "pass16": sixteen.max(1).mean()}
+    found |= {"never16": (sixteen.max(1) == 0).mean(), "always16": sixteen.min(1).mean()}
+    return {name: round(float(x), 4) for name, x in found.items()}
+
+
+def load() -> list[dict]:
+    return list(evaluate.each_row(RESULTS)) if RESULTS.exists() else []
+
+
+def run(jobs: list[dict], work: Path, workers: int) -> None:
+    from tqdm import tqdm
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each run; two of them share two cores
+    done = [tuple(row[name] for name in KEY) for row in load()]
+    left = [job for job in jobs if tuple(job.values()) not in done]
+    work.mkdir(parents=True, exist_ok=True)
+    # A fresh process for each run: what is exchanged there touches no other.
+    fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(workers, **fresh) as pool:
+        for row in tqdm(pool.map(partial(one, work), left), total=len(left), unit="run", disable=None):
+            train.log(RESULTS.parent, RESULTS.stem, row)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--beds", nargs="+", choices=LONGEST, default=["long"])
+    add("--rules", nargs="+", choices=RULES, default=["uniform", "knapsack"])
+    add("--prompts", nargs="+", type=int, default=[64], help="prompts a step")
+    add("--budgets", nargs="+", type=int, default=[203], help="rollouts a step")
+    add("--lrs", nargs="+", type=float, default=[2e-4], help="learning rates")
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--steps", nargs="+", type=int, default=[100])
+    add("--work", type=Path, default=Path("runs/where_it_pays"), help="for run folders [%(default)s]")
+    add("--workers", type=int, default=2, help="runs at a time [%(default)s]")
+    args = parser.parse_args()
+    # Seed by seed, so that what is cut short is still balanced.
+    axes = product(args.seeds, args.beds, args.budgets, args.prompts, args.lrs, args.steps, args.rules)
+    jobs = [
+        dict(zip(KEY, (bed, rule, prompts, budget, lr, seed, steps), strict=True))
+        for seed, bed, budget, prompts, lr, steps, rule in axes
+    ]
+    run(jobs, args.work, args.workers)
+
+
+if __name__ == "__main__":
+    main()
