@@ -101,7 +101,7 @@ class Fitted(SuccessTracker):
 class ByLength(SuccessTracker):
     """The prior's mean depends on the prompt's length: a logistic regression on all that was seen."""
 
-    lengths: dict = {}  # id -> characters
+    lengths = None  # {id: characters}
     weights = np.zeros(3)
 
     def features(self, ids):
@@ -109,7 +109,7 @@ class ByLength(SuccessTracker):
         return np.stack([np.ones_like(x), x, x**2], axis=1)  # (M, 3)
 
     def posterior(self, ids):
-        odds = self.features(ids) @ self.weights
+        odds = np.clip(self.features(ids) @ self.weights, -30, 30)
         s, t = self._seen[self._rows(ids), 0].T
         total = sum(self.prior())
         p = 1 / (1 + np.exp(-odds))
@@ -119,7 +119,7 @@ class ByLength(SuccessTracker):
         super().update(ids, successes, trials)
         x, (s, t) = self.features(self._row), self._seen[:-1, 0].T
         for _ in range(5):  # Newton's steps, with a ridge
-            p = 1 / (1 + np.exp(-x @ self.weights))
+            p = 1 / (1 + np.exp(np.clip(-x @ self.weights, -30, 30)))
             slope = x.T @ (s - t * p) - 0.1 * self.weights
             curvature = (x.T * (t * p * (1 - p))) @ x + 0.1 * np.eye(3)
             self.weights = self.weights + np.linalg.solve(curvature, slope)
