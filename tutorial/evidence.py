@@ -375,10 +375,15 @@ def with_error(values, form=".3f") -> str:
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
 
+def half_width(differences) -> float:
+    """Of the 95% interval of their mean, over seeds."""
+    n = len(differences)
+    return float(T95[n] * np.std(differences, ddof=1) / np.sqrt(n))
+
+
 def verdict(differences) -> str:
     """A win or a loss if the 95% interval over seeds leaves out zero; anything less is a tie."""
-    mean, n = np.mean(differences), len(differences)
-    half = T95[n] * np.std(differences, ddof=1) / np.sqrt(n)
+    mean, half = np.mean(differences), half_width(differences)
     return "win" if mean > half else "loss" if mean < -half else "tie"
 
 

@@ -33,6 +33,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import evidence  # noqa: E402
+
 import evaluate  # noqa: E402
 import knapsack  # noqa: E402
 import reward  # noqa: E402
@@ -154,8 +156,79 @@ def final(model: Path, job: dict, work: Path) -> dict:
     return {name: round(float(x), 4) for name, x in found.items()}
 
 
-def load() -> list[dict]:
-    return list(evaluate.each_row(RESULTS)) if RESULTS.exists() else []
+def load(**wanted) -> list[dict]:
+    """The rows of results/where_it_pays.jsonl that hold these values."""
+    rows = evaluate.each_row(RESULTS) if RESULTS.exists() else ()
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
+# ---- What comes out ------------------------------------------------------------------------------------
+# pass1, pass4, ... of a row's last model; "way": success averaged over all evaluations but the first.
+def score(row: dict, measure: str) -> float:
+    return float(np.mean([c[1] for c in row["curve"][1:]])) if measure == "way" else row[measure]
+
+
+# rule - base, seed by seed, on the same bed with the same budget: (seeds,).
+def differences(rule: str, measure="pass1", base="uniform", **cell) -> np.ndarray:
+    ours, theirs = ({r["seed"]: r for r in load(rule=name, **cell)} for name in (rule, base))
+    seeds = sorted(ours.keys() & theirs.keys())
+    return np.array([score(ours[s], measure) - score(theirs[s], measure) for s in seeds])
+
+
+def table(rules, base="uniform", **cell) -> str:
+    """Markdown: a row a rule, means and paired differences ± standard error over seeds."""
+    names = {"pass1": "final", "way": "on the way", "pass4": "pass@4", "pass16": "pass@16"}
+    lines = [
+        "| rule | seeds | rollouts | in mixed groups | mixed groups | " + " | ".join(names.values()) + " |"
+    ]
+    lines.append("|" + " --- |" * (5 + len(names)))
+    for rule in rules:
+        rows = load(rule=rule, **cell)
+        shares = [np.mean([r[f"effective_{k}"] for r in rows]) for k in ("rollouts", "prompts")]
+        cells = [
+            rule,
+            f"{len(rows)}",
+            f"{np.mean([r['spent'] for r in rows]):,.0f}",
+            *(f"{x:.2f}" for x in shares),
+        ]
+        for measure in names:
+            mean = f"{np.mean([score(r, measure) for r in rows]):.3f}"
+            d = differences(rule, measure, base, **cell)
+            more = f" ({evidence.with_error(d, '+.3f')} {evidence.verdict(d)})" if rule != base else ""
+            cells.append(mean + more)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path: Path) -> None:
+    """Left: the long sums with few rollouts. Right: the map, knapsack - uniform in every cell."""
+    with evaluate.picture(path, 1, 2) as (_, (a, b)):
+        for rule in ("uniform", "paper", "knapsack"):
+            curves = np.array([[c[1] for c in r["curve"]] for r in load(bed="long", budget=203, rule=rule)])
+            mean, se = curves.mean(0), curves.std(0, ddof=1) / len(curves) ** 0.5
+            steps = np.array([c[0] for c in load(bed="long", budget=203, rule=rule)[0]["curve"]])
+            a.plot(steps * 0.203, mean, label=f"{rule} ({len(curves)} seeds)", **evaluate.look(rule))
+            a.fill_between(
+                steps * 0.203, mean - se, mean + se, color=evaluate.look(rule)["color"], alpha=0.15
+            )
+        a.set(title="Few rollouts, hopeless problems: it pays", xlabel="thousand rollouts")
+        a.set(ylabel="held-out success")
+        a.legend()
+        cells = sorted({(r["bed"], r["budget"]) for r in load(rule="knapsack")})
+        for bed, marker, color in (("long", "s", evaluate.BLUE), ("sums", "o", evaluate.ORANGE)):
+            for budget in (n for of, n in cells if of == bed):
+                d = differences("knapsack", bed=bed, budget=budget)
+                half = evidence.half_width(d)
+                label = f"{bed}: {'most' if bed == 'long' else 'half of the'} groups silent"
+                style = dict(color=color, marker=marker, capsize=4, linestyle="")
+                b.errorbar(budget / 64, d.mean(), half, label=label, **style)
+        b.axhline(0, color="#444444", lw=1)
+        b.set(title="Where silence rules and rollouts are few", xlabel="rollouts a prompt (mean)")
+        b.set(ylabel="knapsack minus uniform, final success")
+        b.set_xscale("log", base=2)
+        b.xaxis.set_major_formatter("{x:g}")
+        named = dict(zip(*reversed(b.get_legend_handles_labels()), strict=True))
+        b.legend(named.values(), named)
 
 
 def run(jobs: list[dict], work: Path, workers: int) -> None:
