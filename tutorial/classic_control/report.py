@@ -1,0 +1,280 @@
+"""What the recorded runs say: tables, paired differences, figures. Needs neither gymnasium nor PyTorch.
+
+    python report.py            # prints the tables, draws reacher.png and pong.png
+
+Differences are taken seed by seed. A verdict is win, loss or tie after Holm's correction for all comparisons
+of both families of tasks.
+"""
+
+import json
+from math import gamma, pi, sqrt
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+RATES = (1e-3, 2e-3, 4e-3)
+TUNING_SEEDS = (100, 101)  # to choose a rate for each rule, and for nothing else
+EVALUATIONS = 12
+COMPARED = ("random starts", "uniform", "knapsack", "rising price")
+PAIRS = [("random starts", "uniform"), ("knapsack", "uniform"), ("rising price", "uniform")]
+PAIRS += [("knapsack", "random starts"), ("rising price", "random starts")]
+# Of a run. Steps and seconds: to reach the mean final success of uniform's runs.
+MEASURES = {"final": "final success", "steps": "steps to reach", "seconds": "CPU seconds to reach"}
+
+
+# ---- 1. Rows ----
+def load(file: Path) -> list[dict]:
+    """The rows of a file, but for a torn last one."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def marks(row: dict) -> np.ndarray:
+    """(EVALUATIONS,) equal steps at which runs are compared."""
+    return np.arange(1, EVALUATIONS + 1) / EVALUATIONS * row["total"]
+
+
+def success(row: dict) -> np.ndarray:
+    """(EVALUATIONS,) held-out success at the marks, between evaluations on a straight line."""
+    steps, right, *_ = zip(*row["curve"], strict=True)
+    return np.interp(marks(row), steps, right)
+
+
+def best_rate(rows: list[dict], rule: str) -> float:
+    """The rate with the highest success, averaged over all marks of the tuning seeds' runs."""
+    tried = {}
+    for row in rows:
+        if row["rule"] == rule and row["seed"] in TUNING_SEEDS:
+            tried.setdefault(row["lr"], []).append(success(row).mean())
+    return max(sorted(tried), key=lambda lr: np.mean(tried[lr]))
+
+
+def mean_price(rows: list[dict], lr: float) -> float:
+    """What the knapsack's last episode was worth, on average, on the tuning seeds at this rate."""
+    of = [r for r in rows if (r["rule"], r["lr"]) == ("knapsack", lr) and r["seed"] in TUNING_SEEDS]
+    return float(np.mean([np.mean(r["updates"]["shadow_price"]) for r in of]))
+
+
+def final_runs(rows: list[dict], rule: str) -> list[dict]:
+    """The runs of the comparison, by seed."""
+    return sorted((r for r in rows if r["rule"] == rule and r["seed"] not in TUNING_SEEDS), key=_seed)
+
+
+def _seed(row):
+    return row["seed"]
+
+
+# ---- 2. Measures ----
+def final(row: dict) -> float:
+    """Mean of the last three marks: a single evaluation is noisy."""
+    return float(success(row)[-3:].mean())
+
+
+def when_reached(row: dict, target: float) -> tuple[float, float, bool]:
+    """(steps, CPU seconds, whether at all). A run that never gets there counts as its whole length,
+    which flatters it."""
+    steps, right, cpu, _ = (np.array(x, float) for x in zip(*row["curve"], strict=True))
+    there = np.flatnonzero(right >= target)
+    if not len(there) or steps[there[0]] > row["total"]:
+        return float(row["total"]), float(np.interp(row["total"], steps, cpu)), False
+    k = there[0]
+    share = (target - right[k - 1]) / (right[k] - right[k - 1]) if k else 0.0
+    at = steps[k - 1] + share * (steps[k] - steps[k - 1]) if k else 0.0
+    return float(at), float(np.interp(at, steps, cpu)), True
+
+
+def measures(rows: list[dict]) -> dict:
+    """{rule: {measure: (seeds,)}}"""
+    target = np.mean([final(r) for r in final_runs(rows, "uniform")])
+    table = {}
+    for rule in COMPARED:
+        runs = final_runs(rows, rule)
+        steps, seconds, reached = zip(*(when_reached(r, target) for r in runs), strict=True)
+        table[rule] = {
+            "final": np.array([final(r) for r in runs]),
+            "steps": np.array(steps),
+            "seconds": np.array(seconds),
+            "reached": np.array(reached),
+            "whole": np.array([r["curve"][-1][2] for r in runs]),  # CPU seconds of a run
+        }
+    return table
+
+
+# ---- 3. Paired differences ----
+def t_tail(t: float, df: int) -> float:
+    """P(|T| > |t|) for Student's t with df degrees of freedom, by Simpson's rule on its density."""
+    x = np.linspace(0, abs(t), 2001)
+    density = gamma((df + 1) / 2) / (sqrt(df * pi) * gamma(df / 2)) * (1 + x * x / df) ** (-(df + 1) / 2)
+    inside = (density[0] + density[-1] + 4 * density[1::2].sum() + 2 * density[2:-1:2].sum()) * x[1] / 3
+    return float(np.clip(1 - 2 * inside, 0, 1))
+
+
+def paired(differences) -> tuple[float, float, float, float]:
+    """(mean, standard error, half of the 95% t interval, p) of differences (seeds,)."""
+    d = np.asarray(differences, float)
+    mean, error, df = d.mean(), d.std(ddof=1) / sqrt(len(d)), len(d) - 1
+    low, high = 0.0, 100.0  # the t with 5% outside it
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, df) > 0.05 else (low, middle)
+    p = t_tail(mean / error, df) if error else float(mean == 0)
+    return float(mean), float(error), float(high * error), p
+
+
+def holm(p) -> np.ndarray:
+    """Holm's adjusted p-values: the k-th smallest of n times n - k + 1, never below a smaller one's."""
+    p = np.asarray(p, float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted[np.argsort(order, kind="stable")]
+
+
+def comparisons(tables: dict) -> list[dict]:
+    """Every pair, measure and task. Steps and seconds: in percent of the base's mean, + is saved."""
+    found = []
+    for task, table in tables.items():
+        for rule, base in PAIRS:
+            for name in MEASURES:
+                a, b = table[rule][name], table[base][name]
+                d = a - b if name == "final" else 100 * (b - a) / b.mean()
+                mean, error, half, p = paired(d)
+                found.append(
+                    {"task": task, "rule": rule, "base": base, "measure": name, "mean": mean}
+                    | {"error": error, "half": half, "p": p}
+                )
+    for row, p in zip(found, holm([r["p"] for r in found]), strict=True):
+        row["holm"] = float(p)
+        row["verdict"] = "tie" if p >= 0.05 else "win" if row["mean"] > 0 else "loss"
+    return found
+
+
+# ---- 4. What a reader sees ----
+COLUMNS = "rule           rate  final success   steps to   reached  CPU s to  CPU s all  mixed"
+
+
+def describe(task: str, rows: list[dict], table: dict) -> str:
+    goal = table["uniform"]["final"].mean()
+    head = f"{task}: {len(rows)} runs of {rows[0]['total']:,} steps, {rows[0]['variants']} variants, "
+    lines = [head + f"uniform's final success {goal:.3f}", COLUMNS]
+    for rule in COMPARED:
+        t, runs = table[rule], final_runs(rows, rule)
+        updates = [r["updates"] for r in runs]
+        mixed = [sum(u["episodes_in_mixed_groups"]) / sum(u["episodes"]) for u in updates]
+        error = t["final"].std(ddof=1) / sqrt(len(runs))
+        lines.append(
+            f"{rule:13} {best_rate(rows, rule):5g}  {t['final'].mean():.3f} ± {error:.3f}"
+            f"  {t['steps'].mean():9,.0f}  {t['reached'].sum()} of {len(runs)}"
+            f"  {t['seconds'].mean():8.1f}  {t['whole'].mean():8.1f}  {np.mean(mixed):5.2f}"
+        )
+    return "\n".join(lines)
+
+
+def thirds(rows: list[dict], rule: str) -> list[float]:
+    """Mean steps of an update in each third of the runs."""
+    sizes = [[], [], []]
+    for row in final_runs(rows, rule):
+        steps = np.array(row["updates"]["steps"])
+        size = np.diff(steps, prepend=0)
+        for s, before in zip(size, steps - size, strict=True):
+            sizes[int(3 * before / row["total"])].append(s)
+    return [float(np.mean(s)) for s in sizes]
+
+
+def sentence(c: dict) -> str:
+    numbers = f"{c['mean']:+.3f} ± {c['error']:.3f}" if c["measure"] == "final" else f"{c['mean']:+.0f}%"
+    low, high = c["mean"] - c["half"], c["mean"] + c["half"]
+    between = f"{low:+.3f} to {high:+.3f}" if c["measure"] == "final" else f"{low:+.0f}% to {high:+.0f}%"
+    what = "final success" if c["measure"] == "final" else f"{c['measure']} saved"
+    return (
+        f"{c['task']:7} {c['rule']:13} against {c['base']:13} {what:13} {numbers:15} "
+        f"({between}), p {c['p']:.3f}, Holm {c['holm']:.2f}: {c['verdict']}"
+    )
+
+
+STYLE = {  # colour, dashes, marker: any one of them tells the rules apart
+    "random starts": ("#999999", (0, (1, 1.5)), "v"),
+    "uniform": ("#000000", "-", "o"),
+    "knapsack": ("#d55e00", "--", "s"),
+    "rising price": ("#0072b2", "-.", "^"),
+}
+
+
+def draw(task: str, rows: list[dict], table: dict, found: list[dict], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=[1.25, 1])
+    for rule in COMPARED:
+        colour, dashes, marker = STYLE[rule]
+        runs = final_runs(rows, rule)
+        curves = np.array([success(r) for r in runs])  # (seeds, EVALUATIONS)
+        mean, error = curves.mean(0), curves.std(0, ddof=1) / sqrt(len(runs))
+        x = marks(runs[0]) / 1000
+        left.plot(x, mean, color=colour, linestyle=dashes, marker=marker, markersize=4, label=rule)
+        left.fill_between(x, mean - error, mean + error, color=colour, alpha=0.13, linewidth=0)
+    left.axhline(table["uniform"]["final"].mean(), color="black", linewidth=0.7, linestyle=":")
+    left.annotate(
+        "uniform's final success", (x[0], table["uniform"]["final"].mean()), (0, 3), fontsize=8,
+        textcoords="offset points",
+    )  # fmt: skip
+    left.set(xlabel="environment steps (thousands)", ylabel="success on held-out variants", ylim=(0, 1))
+    left.legend(loc="lower right", frameon=False)
+
+    shown = [c for c in found if c["task"] == task and c["base"] == "uniform" and c["measure"] != "final"]
+    for k, c in enumerate(reversed(shown)):
+        colour, _, marker = STYLE[c["rule"]]
+        right.errorbar(c["mean"], k, xerr=c["half"], color=colour, marker=marker, capsize=3)
+    right.set_yticks(range(len(shown)), [f"{c['rule']}\n{c['measure']}" for c in reversed(shown)], fontsize=8)
+    right.axvline(0, color="black", linewidth=0.8)
+    top = len(shown) - 0.45
+    for claimed, what in ((30, "steps"), (25, "time")):
+        right.axvline(claimed, color="black", linewidth=0.7, linestyle=":")
+        side = {"ha": "left"} if claimed == 30 else {"ha": "right"}
+        right.text(claimed, top, f" {claimed}% {what} ", fontsize=7, va="bottom", **side)
+    right.set(xlabel="saved against uniform (%), 95% t interval over seeds", ylim=(-0.6, top))
+    figure.suptitle(title(task, found))
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def title(task: str, found: list[dict]) -> str:
+    """The finding: what the knapsack saves of the steps, and whether that is more than chance."""
+    said = []
+    for rule in ("knapsack", "rising price"):
+        (c,) = (
+            c for c in found
+            if (c["task"], c["rule"], c["base"], c["measure"]) == (task, rule, "uniform", "steps")
+        )  # fmt: skip
+        less = "fewer" if c["mean"] >= 0 else "more"
+        said.append(f"{rule} {abs(c['mean']):.0f}% {less} ({c['verdict']})")
+    return f"{task.capitalize()}: steps to uniform's final success: " + ", ".join(said)
+
+
+def read(results=HERE / "results") -> dict:
+    """{task: rows} of the tasks that have been compared."""
+    return {file.stem: load(file) for file in sorted(results.glob("*.jsonl"), reverse=True)}
+
+
+def main(results=HERE / "results", figures=HERE) -> None:
+    rows = read(results)
+    tables = {task: measures(r) for task, r in rows.items()}
+    found = comparisons(tables)
+    for task, r in rows.items():
+        print(describe(task, r, tables[task]))
+        for rule in COMPARED:
+            print(f"  steps an update, by thirds: {rule:13}", *(f"{s:6,.0f}" for s in thirds(r, rule)))
+        draw(task, r, tables[task], found, figures / f"{task}.png")
+    print(f"{len(found)} comparisons:", *map(sentence, found), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
