@@ -69,8 +69,10 @@ def test_evidence():
 
 def test_replay():
     """The two shares of rollouts in mixed groups, replayed on real success rates."""
-    rules = json.loads((RESULTS / "allocation_replay.json").read_text())["all prompts"]["rules"]
-    shares = [f"{rules[rule]['effective_rollouts'][0]:.2f}"[1:] for rule in ("uniform", "knapsack")]
+    replay = json.loads((RESULTS / "allocation_replay.json").read_text())
+    rows = replay["all prompts"]["rules"]["uniform"], replay["trackers"][-1]
+    assert rows[1]["prior_strength"] == 1 and rows[1]["drift"] == 0.3  # today's defaults
+    shares = [f"{row['effective_rollouts'][0]:.2f}"[1:] for row in rows]
     assert "rises from {} to {}".format(*shares) in " ".join(README.split())
 
 
