@@ -191,19 +191,21 @@ def run(task: str, rule: str, lr: float, seed: int, settings: Settings, price: f
 
 
 # ---- 3. The comparison: each run a row, each row written once ----
-def compare(task: str, file: Path, settings: Settings) -> None:
+def compare(task: str, file: Path, settings: Settings, rates=RATES) -> None:
     """All runs of a task that the file does not hold yet."""
     rows = load(file)
+    if any(r["total"] != settings.total for r in rows):
+        raise ValueError(f"{file} holds runs of another length than {settings.total}: pass another --out")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a torn last row
     done = {(r["rule"], r["lr"], r["seed"]) for r in rows}
-    runs = len(COMPARED) * (len(RATES) * len(TUNING_SEEDS) + settings.seeds)
+    runs = len(COMPARED) * (len(rates) * len(TUNING_SEEDS) + settings.seeds)
     bar = tqdm(total=runs * settings.total, initial=len(rows) * settings.total, unit="step", unit_scale=True)
     for tuning in (True, False):
         for seed in TUNING_SEEDS if tuning else range(settings.seeds):
             # A seed's rules one after the other: whatever else the machine does meets all of them.
             for rule in COMPARED:
-                for lr in RATES if tuning else [best_rate(rows, rule)]:
+                for lr in rates if tuning else [best_rate(rows, rule)]:
                     if (rule, lr, seed) in done:
                         continue
                     # The knapsack's runs of this tuning seed come first; those of both set the final price.
@@ -221,6 +223,7 @@ def main(words=None) -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--total", type=int, help="environment steps of a run")
     parser.add_argument("--seeds", type=int, help="how many, in the comparison")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
     parser.add_argument("--rule", choices=RULES, help="one run of this rule, and nothing is recorded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=RATES[1])
@@ -233,7 +236,7 @@ def main(words=None) -> None:
         if c.rule:
             run(task, c.rule, c.lr, c.seed, settings, c.price)
         else:
-            compare(task, c.out / f"{task}.jsonl", settings)
+            compare(task, c.out / f"{task}.jsonl", settings, c.rates)
 
 
 if __name__ == "__main__":
