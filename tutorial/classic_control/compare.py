@@ -14,13 +14,13 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from ppo import Episodes, Learner, collect
-from report import COMPARED, EVALUATIONS, RATES, TUNING_SEEDS, best_rate, load, mean_price
+from report import COMPARED, EVALUATIONS, RATES, TUNING_SEEDS, best_rate, load
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +56,8 @@ class Known:
     posterior: tuple  # (alpha, beta), each (M,), from knapsack.SuccessTracker
     lengths: np.ndarray  # (M,) expected steps of an episode
     steps: int  # to spend, in expectation
-    price: float  # the least a further episode must be worth
+    progress: float  # from 0 at the run's start to 1 at its end
+    price: float  # for at_price: the least a further episode must be worth
     rng: np.random.Generator
 
 
@@ -84,8 +85,13 @@ def by_knapsack(known: Known) -> np.ndarray:
     return within(lambda budget: knapsack.allocate(known.posterior, budget, n_min=1, n_max=N_MAX), known)
 
 
+def more_early(known: Known) -> np.ndarray:
+    """The knapsack at a price that is low at first and rises: from 1.5 times the steps to half of them."""
+    return by_knapsack(replace(known, steps=int(known.steps * (1.5 - known.progress))))
+
+
 def at_price(known: Known) -> np.ndarray:
-    """No budget: episodes are bought as long as the next one is worth the price, which rises."""
+    """No budget at all: episodes are bought as long as the next one is worth the price."""
     return knapsack.allocate_at_price(known.posterior, known.price, n_min=1, n_max=N_MAX)
 
 
@@ -103,8 +109,10 @@ RULES = {
     "random starts": random_starts,
     "uniform": uniform,
     "knapsack": by_knapsack,
-    "rising price": at_price,
-    "steps": by_steps,  # a demonstration; not in the comparison
+    "more early": more_early,
+    # Two to look at; they are not in the comparison.
+    "price": at_price,
+    "steps": by_steps,
 }
 
 
@@ -126,7 +134,7 @@ class Lengths:
         return self.steps / self.episodes
 
 
-def run(task: str, rule: str, lr: float, seed: int, settings: Settings, price: float, show=print, bar=None):
+def run(task: str, rule: str, lr: float, seed: int, settings: Settings, price=0.0, show=print, bar=None):
     """Trains once. Returns the row that is recorded."""
     import tasks  # here, so that everything else works without gymnasium
 
@@ -154,9 +162,8 @@ def run(task: str, rule: str, lr: float, seed: int, settings: Settings, price: f
         order = rng.permutation(len(variants))
         ids = [variants[i] for i in order]
         posterior = tracker.posterior(ids)
-        # From half the knapsack's mean price to twice that.
-        now = price * 4 ** (steps / settings.total - 0.5)
-        known = Known(posterior, lengths.mean()[order], settings.steps, now, rng)
+        progress = steps / settings.total
+        known = Known(posterior, lengths.mean()[order], settings.steps, progress, price, rng)
         counts = RULES[rule](known)  # (M,)
         group = np.repeat(np.arange(len(ids)), counts)  # (E,)
         episodes: Episodes = collect(learner, copies, [ids[g] for g in group], rng)
@@ -208,9 +215,7 @@ def compare(task: str, file: Path, settings: Settings, rates=RATES) -> None:
                 for lr in rates if tuning else [best_rate(rows, rule)]:
                     if (rule, lr, seed) in done:
                         continue
-                    # The knapsack's runs of this tuning seed come first; those of both set the final price.
-                    price = mean_price(rows, lr) if rule == "rising price" else 0.0
-                    row = run(task, rule, lr, seed, settings, price, bar.write, bar)
+                    row = run(task, rule, lr, seed, settings, show=bar.write, bar=bar)
                     rows.append(row)
                     with file.open("a") as f:
                         f.write(json.dumps(row) + "\n")
@@ -227,7 +232,7 @@ def main(words=None) -> None:
     parser.add_argument("--rule", choices=RULES, help="one run of this rule, and nothing is recorded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=RATES[1])
-    parser.add_argument("--price", type=float, default=0.01, help="for one run of the rising price")
+    parser.add_argument("--price", type=float, default=0.008, help="for one run at a price")
     c = parser.parse_args(words)
     torch.set_num_threads(1)  # the networks are small: a second thread only waits
     for task in c.tasks:

@@ -16,9 +16,9 @@ HERE = Path(__file__).resolve().parent
 RATES = (1e-3, 2e-3, 4e-3)
 TUNING_SEEDS = (100, 101)  # to choose a rate for each rule, and for nothing else
 EVALUATIONS = 12
-COMPARED = ("random starts", "uniform", "knapsack", "rising price")
-PAIRS = [("random starts", "uniform"), ("knapsack", "uniform"), ("rising price", "uniform")]
-PAIRS += [("knapsack", "random starts"), ("rising price", "random starts")]
+COMPARED = ("random starts", "uniform", "knapsack", "more early")
+PAIRS = [("random starts", "uniform"), ("knapsack", "uniform"), ("more early", "uniform")]
+PAIRS += [("knapsack", "random starts"), ("more early", "random starts")]
 # Of a run. Steps and seconds: to reach the mean final success of uniform's runs.
 MEASURES = {"final": "final success", "steps": "steps to reach", "seconds": "CPU seconds to reach"}
 
@@ -53,12 +53,6 @@ def best_rate(rows: list[dict], rule: str) -> float:
         if row["rule"] == rule and row["seed"] in TUNING_SEEDS:
             tried.setdefault(row["lr"], []).append(success(row).mean())
     return max(sorted(tried), key=lambda lr: np.mean(tried[lr]))
-
-
-def mean_price(rows: list[dict], lr: float) -> float:
-    """What the knapsack's last episode was worth, on average, on the tuning seeds at this rate."""
-    of = [r for r in rows if (r["rule"], r["lr"]) == ("knapsack", lr) and r["seed"] in TUNING_SEEDS]
-    return float(np.mean([np.mean(r["updates"]["shadow_price"]) for r in of]))
 
 
 def final_runs(rows: list[dict], rule: str) -> list[dict]:
@@ -175,33 +169,48 @@ def describe(task: str, rows: list[dict], table: dict) -> str:
     return "\n".join(lines)
 
 
-def thirds(rows: list[dict], rule: str) -> list[float]:
-    """Mean steps of an update in each third of the runs."""
-    sizes = [[], [], []]
-    for row in final_runs(rows, rule):
-        steps = np.array(row["updates"]["steps"])
-        size = np.diff(steps, prepend=0)
-        for s, before in zip(size, steps - size, strict=True):
-            sizes[int(3 * before / row["total"])].append(s)
-    return [float(np.mean(s)) for s in sizes]
+def spending(rows: list[dict]) -> str:
+    """Mean steps of an update in each third of the runs, by the steps already spent."""
+    lines = []
+    for rule in COMPARED:
+        sizes = [[], [], []]
+        for row in final_runs(rows, rule):
+            steps = np.array(row["updates"]["steps"])
+            before = np.append(0, steps[:-1])
+            for third, size in zip(3 * before // row["total"], steps - before, strict=True):
+                sizes[third].append(size)
+        means = ", ".join(f"{np.mean(s):,.0f}" for s in sizes)
+        lines.append(f"steps an update, by thirds of a run, {rule:13}: {means}")
+    return "\n".join(lines)
 
 
-def sentence(c: dict) -> str:
-    numbers = f"{c['mean']:+.3f} ± {c['error']:.3f}" if c["measure"] == "final" else f"{c['mean']:+.0f}%"
-    low, high = c["mean"] - c["half"], c["mean"] + c["half"]
-    between = f"{low:+.3f} to {high:+.3f}" if c["measure"] == "final" else f"{low:+.0f}% to {high:+.0f}%"
-    what = "final success" if c["measure"] == "final" else f"{c['measure']} saved"
-    return (
-        f"{c['task']:7} {c['rule']:13} against {c['base']:13} {what:13} {numbers:15} "
-        f"({between}), p {c['p']:.3f}, Holm {c['holm']:.2f}: {c['verdict']}"
+def versus(found: list[dict]) -> str:
+    """A line a pair: the difference of each measure, its 95% t interval, the verdict."""
+    lines = [
+        "                                     final success               steps saved       CPU seconds saved"
+    ]
+    for k in range(0, len(found), len(MEASURES)):
+        cells = []
+        for c in found[k : k + len(MEASURES)]:
+            low, high = c["mean"] - c["half"], c["mean"] + c["half"]
+            if c["measure"] == "final":
+                cells.append(f"{c['mean']:+.3f} ({low:+.3f} to {high:+.3f}) {c['verdict']:4}")
+            else:
+                cells.append(f"{c['mean']:+4.0f}% ({low:+4.0f} to {high:+4.0f}) {c['verdict']:4}")
+        lines.append(f"{c['task']:7} {c['rule']:13} - {c['base']:13} " + "  ".join(cells))
+    least = min(found, key=lambda c: c["p"])
+    what = f"{least['task']}, {least['rule']} - {least['base']}, {MEASURES[least['measure']]}"
+    lines.append(
+        f"{len(found)} comparisons; smallest p {least['p']:.3f}, with Holm {least['holm']:.2f} ({what})"
     )
+    return "\n".join(lines)
 
 
 STYLE = {  # colour, dashes, marker: any one of them tells the rules apart
     "random starts": ("#999999", (0, (1, 1.5)), "v"),
     "uniform": ("#000000", "-", "o"),
     "knapsack": ("#d55e00", "--", "s"),
-    "rising price": ("#0072b2", "-.", "^"),
+    "more early": ("#0072b2", "-.", "^"),
 }
 
 
@@ -249,7 +258,7 @@ def draw(task: str, rows: list[dict], table: dict, found: list[dict], file: Path
 def title(task: str, found: list[dict]) -> str:
     """The finding: what the knapsack saves of the steps, and whether that is more than chance."""
     said = []
-    for rule in ("knapsack", "rising price"):
+    for rule in ("knapsack", "more early"):
         (c,) = (
             c for c in found
             if (c["task"], c["rule"], c["base"], c["measure"]) == (task, rule, "uniform", "steps")
@@ -270,10 +279,9 @@ def main(results=HERE / "results", figures=HERE) -> None:
     found = comparisons(tables)
     for task, r in rows.items():
         print(describe(task, r, tables[task]))
-        for rule in COMPARED:
-            print(f"  steps an update, by thirds: {rule:13}", *(f"{s:6,.0f}" for s in thirds(r, rule)))
+        print(spending(r))
         draw(task, r, tables[task], found, figures / f"{task}.png")
-    print(f"{len(found)} comparisons:", *map(sentence, found), sep="\n")
+    print(versus(found))
 
 
 if __name__ == "__main__":
