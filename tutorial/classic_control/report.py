@@ -197,7 +197,7 @@ def versus(found: list[dict]) -> str:
                 cells.append(f"{c['mean']:+.3f} ({low:+.3f} to {high:+.3f}) {c['verdict']:4}")
             else:
                 cells.append(f"{c['mean']:+4.0f}% ({low:+4.0f} to {high:+4.0f}) {c['verdict']:4}")
-        lines.append(f"{c['task']:7} {c['rule']:13} - {c['base']:13} " + "  ".join(cells))
+        lines.append(f"{c['task']:7} {c['rule']:13} - {c['base']:13} " + "  ".join(cells).rstrip())
     least = min(found, key=lambda c: c["p"])
     what = f"{least['task']}, {least['rule']} - {least['base']}, {MEASURES[least['measure']]}"
     lines.append(
@@ -244,11 +244,13 @@ def draw(task: str, rows: list[dict], table: dict, found: list[dict], file: Path
     right.set_yticks(range(len(shown)), [f"{c['rule']}\n{c['measure']}" for c in reversed(shown)], fontsize=8)
     right.axvline(0, color="black", linewidth=0.8)
     top = len(shown) - 0.45
-    for claimed, what in ((30, "steps"), (25, "time")):
+    right.text(0, top, "claimed:", fontsize=8, va="bottom", ha="right")
+    for claimed, what, side in ((30, "30% steps", "left"), (25, "25% time", "right")):
         right.axvline(claimed, color="black", linewidth=0.7, linestyle=":")
-        side = {"ha": "left"} if claimed == 30 else {"ha": "right"}
-        right.text(claimed, top, f" {claimed}% {what} ", fontsize=7, va="bottom", **side)
+        right.text(claimed, top, what, fontsize=8, va="bottom", ha=side)
+    low, high = right.get_xlim()
     right.set(xlabel="saved against uniform (%), 95% t interval over seeds", ylim=(-0.6, top))
+    right.set_xlim(min(low, -50), max(high, 50))
     figure.suptitle(title(task, found))
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -265,7 +267,7 @@ def title(task: str, found: list[dict]) -> str:
         )  # fmt: skip
         less = "fewer" if c["mean"] >= 0 else "more"
         said.append(f"{rule} {abs(c['mean']):.0f}% {less} ({c['verdict']})")
-    return f"{task.capitalize()}: steps to uniform's final success: " + ", ".join(said)
+    return f"{task.capitalize()}, steps to reach uniform's final success: " + ", ".join(said)
 
 
 def read(results=HERE / "results") -> dict:
