@@ -73,7 +73,8 @@ def loading(path: str):
     # What they log besides is noise.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel("ERROR")
+    for name in ("huggingface_hub", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel("ERROR")
     try:
         yield
     # Configurations, tokenizers and weights each raise kinds of their own.
@@ -90,6 +91,16 @@ def load_config(path: str, trust_remote_code: bool = False) -> tuple:
     with loading(path):
         config = AutoConfig.from_pretrained(path, **more)
         return config, AutoTokenizer.from_pretrained(path, **more)
+
+
+def parameter_sizes(config, trust_remote_code: bool = False) -> list[int]:
+    """The numbers in each parameter of such a model, from its config: no weights are loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return [p.numel() for p in model.parameters()]  # tied ones count once
 
 
 def load_model(path: str, trust_remote_code: bool = False) -> tuple:
@@ -265,6 +276,18 @@ class HFSampler:
             rows = rows[r:]
         return [rollout for rollouts in done for rollout in rollouts]
 
+    def new_cache(self):
+        # An empty one, or None. Under autocast rotary embeddings make the keys float32,
+        # though attention reads them in the values' bfloat16: half of the cache is saved.
+        from transformers import DynamicCache
+
+        if not self.cached:
+            return None
+        cache = DynamicCache(config=self.model.config)
+        store = cache.update
+        cache.update = lambda k, v, *args, **kw: store(k.to(v.dtype), v, *args, **kw)
+        return cache
+
     def _generate(self, prompts, group, u: np.ndarray) -> list[Rollout]:
         # A rollout of prompts[i] for each i in group (r,), from uniforms u (r, T).
         import torch
@@ -281,7 +304,7 @@ class HFSampler:
         ids = pad_sequence(texts, True, -1, "left").to(where)  # (G, P)
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)
         expand = torch.tensor([distinct.index(i) for i in group], device=where)  # (r,)
-        new, cache = ids, None
+        new, cache = ids, self.new_cache()
         on = where.type == "cuda"
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=on):
             for t in range(T):
@@ -291,7 +314,7 @@ class HFSampler:
                 inputs = dict(input_ids=new, attention_mask=mask, position_ids=place)
                 keep = dict(past_key_values=cache, use_cache=self.cached, logits_to_keep=1)
                 out = self.model(**inputs, **keep)
-                logits, cache = out.logits[:, -1].float(), out.get("past_key_values")
+                logits = out.logits[:, -1].float()
                 if t == 0:
                     # From here on every row has what was read of its prompt.
                     logits, ids, mask = logits[expand], ids[expand], mask[expand]

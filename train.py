@@ -30,10 +30,13 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +94,7 @@ class Config:
     max_new_tokens: int = setting(40, 1024, "length limit of a response")
     max_prompt_tokens: int = setting(64, 2048, "tasks with a longer prompt are left out")
     # The update. The large model's rate, clip and number of minibatches are the paper's.
+    optimizer: str = setting("adamw", "adamw", "adamw, or adamw8bit: a quarter of its memory, with torchao")
     lr: float = setting(3e-4, 1e-6, "AdamW's learning rate", 1e-12, 1)
     warmup_steps: int = setting(10, 5, "steps over which the learning rate rises to --lr", 0)
     minibatches: int = setting(2, 8, "optimizer steps a batch of rollouts")
@@ -169,8 +173,8 @@ def train(run: Run) -> None:
 
         # 3. Learn. A group whose rewards are all equal has zero advantages and costs nothing here.
         advantages = grpo.group_advantages(rewards, group)  # (R,)
-        row["logprob_gap"] = canary(run.model, rollouts, c, grpo.token_logprobs)
         run.sampler.sleep()  # on one GPU the update needs the engine's memory
+        row["logprob_gap"] = canary(run.model, rollouts, c, grpo.token_logprobs)
         clock.lap("sync")
         # The learning rate rises on a line, and stays.
         row["lr"] = c.lr * min(1.0, step / max(1, c.warmup_steps))
@@ -468,13 +472,17 @@ def save_checkpoint(run: Run) -> None:
     with written_aside(folder / f"step-{step:06d}") as part:
         run.model.save_pretrained(part)
         run.tokenizer.save_pretrained(part)
-        # AdamW's moments are tensors by parameter and name; safetensors takes a flat table.
+        # AdamW's moments are tensors by parameter and name; safetensors takes a flat table. In 8 bits
+        # a moment is three tensors: "7.exp_avg.codes", "7.exp_avg.scale" and "7.exp_avg.qmap".
         moments, groups = run.optimizer.state_dict().values()
         flat = {f"{i}.{name}": x.contiguous() for i, of in moments.items() for name, x in of.items()}
+        for name in [name for name, x in flat.items() if hasattr(x, "codes")]:
+            parts = vars(flat.pop(name)).items()
+            flat |= {f"{name}.{of}": x for of, x in parts if torch.is_tensor(x)}
         save_file(flat, part / "optimizer.safetensors")
         state = run.state | {"tracker": run.tracker.state_dict(), "optimizer": groups}
         state["config"] = asdict(run.config)
-        (part / "state.json").write_text(json.dumps(state))
+        (part / "state.json").write_text(json.dumps(state, default=float))  # AdamW8bit's rate is a tensor
     # Only now do older ones go: all but the last two and the best.
     steps = sorted(folder.glob("step-??????"))  # whole ones have no suffix
     broken = {path for path in folder.iterdir() if path.suffix}  # .part and .damaged
@@ -498,10 +506,18 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
 
 # What save_checkpoint made flat, back in the optimizer.
 def load_optimizer(optimizer, checkpoint: Path, groups: list) -> None:
+    import torch
     from safetensors.torch import load_file
 
     moments: dict[int, dict] = defaultdict(dict)
-    for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+    flat = load_file(checkpoint / "optimizer.safetensors")
+    for name in [name for name in flat if name.endswith(".codes")]:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        name = name.removesuffix(".codes")
+        parts = [flat.pop(f"{name}.{of}") for of in OptimState8bit.tensor_attrs]
+        flat[name] = OptimState8bit(*parts, signed=bool(parts[2].min() < 0), dtype=torch.float32)
+    for name, tensor in flat.items():
         i, _, of = name.partition(".")  # "7.exp_avg": of parameter 7
         moments[int(i)][of] = tensor
     optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
@@ -572,9 +588,16 @@ def check(c: Config) -> None:
         value, (low, high) = getattr(c, f.name), f.metadata["range"]
         inside = type(value) not in (int, float) or low <= value <= high  # NaN is not
         need(inside, f"{flag(f.name)} {value}: must lie between {low} and {high}")
-    for name, known in (("allocator", [*ALLOCATORS]), ("engine", ["auto", "vllm", "hf"])):
+    known = {"allocator": [*ALLOCATORS], "engine": ["auto", "vllm", "hf"]}
+    for name, words in (known | {"optimizer": ["adamw", "adamw8bit"]}).items():
         value = getattr(c, name)
-        need(value in known, f"{flag(name)} {value}: choose from {', '.join(known)}")
+        need(value in words, f"{flag(name)} {value}: choose from {', '.join(words)}")
+    if c.optimizer == "adamw8bit":
+        need(find_spec("torchao"), "--optimizer adamw8bit: `pip install torchao==0.18.0` first")
+        # Its step is compiled, for a GPU too.
+        header = Path(sysconfig.get_path("include"), "Python.h").is_file()
+        ready = header and shutil.which(os.environ.get("CXX", "g++"))
+        need(ready, "--optimizer adamw8bit: install g++ and Python's headers (python3-dev) first")
     need(c.n_min <= c.n_max, f"--n-min {c.n_min} is above --n-max {c.n_max}")
     need(not 0 < c.limit < c.prompts, f"--limit {c.limit} is below --prompts {c.prompts}")
     low, high = c.prompts * c.n_min, c.prompts * c.n_max
@@ -713,6 +736,8 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
     print(f"sampling with {engine} ({why}); writing to {out}", flush=True)
     # A checkpoint holds the whole model: the one that the run began with is not needed any more.
     path = str(checkpoint or rollout.resolve_model(c.model))
+    if rollout.device() == "cuda" and c.model != "tiny":
+        report_memory(c, engine, path, *torch.cuda.mem_get_info())
     model, tokenizer = rollout.load_model(path, c.trust_remote_code)
     words = (c.instruction, c.chat, json.loads(c.chat_template_kwargs))
     prompts = rollout.encode_tasks(tokenizer, train_tasks + held_out, *words)
@@ -732,7 +757,7 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
         sampler = rollout.HFSampler(model, tokenizer, *limits)
     model.to(rollout.device())
     sampler.sync(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0)
+    optimizer = make_optimizer(c.optimizer, model, c.lr)
     tracker = knapsack.SuccessTracker()  # discount, prior_strength and drift are chosen here
     if checkpoint:
         load_optimizer(optimizer, checkpoint, state.pop("optimizer"))
@@ -744,6 +769,24 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
     if not checkpoint:
         save_checkpoint(run)  # what can stop a save stops it here, and not after hours
     return run
+
+
+# AdamW without decay; adamw8bit keeps its two moments in 2 bytes a weight instead of 8.
+def make_optimizer(name: str, model, lr: float):
+    import torch
+
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    from torchao.optim import AdamW8bit
+
+    def as_tensor(optimizer, *_) -> None:  # its compiled step takes no number for a rate
+        group = optimizer.param_groups[0]
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # is for torchao's own developers
+    optimizer = AdamW8bit(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer.register_step_pre_hook(as_tensor)
+    return optimizer
 
 
 # The tasks without those whose prompt is too long, and in whole batches, so that after the first epoch
@@ -782,6 +825,78 @@ def check_model(c: Config, out: Path, model, prompts: list) -> int:
     free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*"))
     need(free >= size, f"--out {out}: the run needs {size / 1e9:.2g} GB of disk: make room there first")
     return longest
+
+
+# ---- What a GPU must hold -----------------------------------------------------------------------------
+# {phase: {what: bytes}} on a GPU of `card` bytes, from a model's config (its text part) and the numbers in
+# each of its parameters. It is arithmetic: tests/test_memory.py counts its parts on a CPU, nobody on a card.
+def memory_needs(c: Config, engine: str, text, sizes: list, card: float) -> dict[str, dict]:
+    def of(name: str, otherwise=1) -> int:  # not every config has every name
+        return getattr(text, name, None) or otherwise
+
+    n, V, H, layers = sum(sizes), of("vocab_size"), of("hidden_size"), of("num_hidden_layers")
+    heads, inner = of("num_attention_heads"), of("intermediate_size", 4 * H)
+    keys = of("num_key_value_heads", heads) * of("head_dim", H // heads)  # numbers a token and layer
+    cached = 4 * layers * keys  # bytes a token: keys and values in bfloat16
+    longest, copies = c.max_prompt_tokens + c.max_new_tokens, {"bfloat16 copies": 2 * n}
+    # In 8 bits, 256 numbers share a float32 scale, and each moment has a table of 1 KiB; the moments of
+    # small parameters stay in float32.
+    eight = sum(2 * (s + s // 64 + 1024) if s >= 4096 and s % 256 == 0 else 8 * s for s in sizes)
+    always = {"weights": 4 * n, "moments": 8 * n if c.optimizer == "adamw" else eight}
+    learning = always | {"gradients": 4 * n}
+    if engine == "vllm":  # its weights, 16 of the longest rows, and what it works with
+        least = 2 * n + 16 * longest * cached + 2e9
+        sampling = {"the engine's share": max(c.gpu_memory * card, least)}
+    else:  # a batch of rows, and five float32 arrays of its logits
+        batch = rollout.HFSampler.tokens_in_flight
+        sampling = copies | {
+            "keys and values": cached * batch,
+            "logits": 20 * V * (batch // c.max_new_tokens),
+        }
+    # Autograd keeps, a token: the inputs and outputs of two norms in float32, and in bfloat16 what enters
+    # each product and leaves attention and the MLP. Recomputed, only a layer's input, and one layer in full.
+    layer = 30 * H + 4 * keys + 8 * inner
+    kept = layers * (4 * H if c.checkpointing else layer) + layer
+    logits = min(2**28, V * max(c.tokens_per_microbatch, c.max_new_tokens))  # 2**28: grpo's chunk
+    passes = copies | {"activations": max(c.tokens_per_microbatch, longest) * kept}
+    passes |= {"logits": 8 * logits + 4 * V * H}  # two float32 arrays, and the head's gradient once more
+    # AdamW takes its step on all parameters at once, with an array of their size; in 8 bits one by one.
+    step = {"the step's array": 4 * n if c.optimizer == "adamw" else 0}
+    return {"sampling": always | sampling, "update": learning | passes, "step": learning | step}
+
+
+# These settings, or those nearest to them that fit into `free` bytes but for one GB; None if none do.
+def settings_that_fit(c: Config, engine: str, text, sizes: list, card: float, free: float) -> Config | None:
+    optimizers, recomputed = {c.optimizer: 0, "adamw8bit": 0}, {c.checkpointing: 0, True: 0}
+    for optimizer, checkpointing, k, share in product(optimizers, recomputed, (1, 2, 4, 8), (1, 0.75, 0.5)):
+        changes = {"optimizer": optimizer, "checkpointing": checkpointing}
+        changes |= {"tokens_per_microbatch": -(-c.tokens_per_microbatch // k)}
+        tried = dataclasses.replace(c, **changes, gpu_memory=round(c.gpu_memory * share, 2))
+        needs = memory_needs(tried, engine, text, sizes, card)
+        if max(sum(parts.values()) for parts in needs.values()) <= free - 1e9:
+            return tried
+    return None
+
+
+# The flags that make `fit` out of `c`.
+def other_flags(c: Config, fit: Config) -> str:
+    changed = {k: v for k, v in asdict(fit).items() if v != getattr(c, k)}
+    return " ".join(flag(k) if v is True else f"{flag(k)} {v}" for k, v in changed.items())
+
+
+# Printed before a model is loaded onto a GPU; it is arithmetic, so it warns and stops nothing.
+def report_memory(c: Config, engine: str, path: str, free: float, card: float) -> None:
+    config, _ = rollout.load_config(path, c.trust_remote_code)
+    model = config.get_text_config(decoder=True), rollout.parameter_sizes(config, c.trust_remote_code)
+    print(f"memory by arithmetic, in GB; the GPU has {free / 1e9:.1f} free of {card / 1e9:.1f}:")
+    for phase, parts in memory_needs(c, engine, *model, card).items():
+        listed = " + ".join(f"{what} {size / 1e9:.1f}" for what, size in parts.items())
+        print(f"  {phase:8} {sum(parts.values()) / 1e9:5.1f} = {listed}")
+    fit = settings_that_fit(c, engine, *model, card, free)
+    if fit is None:
+        print("warning: this model does not fit this GPU, whatever the flags: take a smaller one")
+    elif fit != c:
+        print(f"warning: this may not fit; what would: {other_flags(c, fit)}")
 
 
 # ---- The entry point ----------------------------------------------------------------------------------
