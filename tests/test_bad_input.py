@@ -81,6 +81,7 @@ CASES = {
     "more prompts than tasks": ("--prompts 2000 --budget 8000", {}, "bring more tasks"),
     "an allocator nobody wrote": ("--allocator magic", {}, "--allocator magic: choose from knapsack, paper"),
     "an engine nobody wrote": ("--engine magic", {}, "--engine magic: choose from auto, vllm, hf"),
+    "an optimizer nobody wrote": ("--optimizer sgd", {}, "--optimizer sgd: choose from adamw, adamw8bit"),
     "a flag nobody wrote": ("--learning-rate 1", {}, "unrecognized arguments"),
     "an unknown model": ("--model gpt", {}, "--model gpt: not tiny, a folder, or a hub id"),
     "a folder without a model": ("--model /", {}, "not a folder with a config.json"),
@@ -282,6 +283,17 @@ def test_vllm_that_cannot_run(main, tmp_path, monkeypatch, build, says):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     error, _ = main("--engine", "vllm", "--out", tmp_path / "run")
     assert says in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lacks", ["torchao", "compiler"])
+def test_an_optimizer_that_cannot_run(main, tmp_path, monkeypatch, lacks):
+    """Not installed, or without the compiler that its first step calls: said before anything is loaded."""
+    monkeypatch.setattr("train.find_spec", lambda name: None if lacks == "torchao" else name)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    error, said = main("--optimizer", "adamw8bit", "--out", tmp_path / "run")
+    says = {"torchao": "`pip install torchao==0.18.0` first", "compiler": "install g++"}[lacks]
+    assert says in error and "\n" not in error and "sampling" not in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+import grpo
 import rollout
 
 COUNTS = [3, 0, 7, 1, 4]
@@ -109,6 +110,42 @@ def test_models_whose_cache_is_not_attention(loaded, family, shape):
         sampler = rollout.HFSampler(model, loaded[1], max_new_tokens=6, temperature=0.8)
     assert not sampler.cached
     check_against_naive(sampler, [[3, 4, 5], [6, 7, 8, 9, 10], [5, 4, 3], [2]], [5, 3, 0, 4], seed=0)
+
+
+WINDOW = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+
+
+@pytest.mark.parametrize(
+    "family, more",
+    [("qwen2", {}), ("qwen3", {"head_dim": 16}), ("mistral", {"sliding_window": 4}), ("gemma3_text", WINDOW)],
+)
+def test_the_cache_is_in_the_products_precision(loaded, family, more, monkeypatch):
+    """Catches: float32 keys under autocast, which rotary embeddings make (half a GPU's cache); a window that
+    is not the model's; in float32, another bit than with the cache that the model makes itself."""
+    common = dict(vocab_size=32, hidden_size=32, num_hidden_layers=2, pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common, **HEADS, **more))
+    model = model.float().eval()
+    sampler = rollout.HFSampler(model, loaded[1], max_new_tokens=9)
+    assert sampler.cached
+    asked = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [2]], [5, 3, 4], 0
+    check_against_naive(sampler, *asked)
+    ours = sampler.sample(*asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "new_cache", lambda: DynamicCache(config=model.config))
+        assert ours == sampler.sample(*asked)
+    # As on a GPU: autocast is on.
+    caches, new, autocast = [], sampler.new_cache, torch.autocast
+    monkeypatch.setattr(sampler, "new_cache", lambda: caches.append(new()) or caches[-1])
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: autocast(device, dtype))
+    rolled = sampler.sample(*asked)
+    assert {x.dtype for c in caches for layer in c.layers for x in (layer.keys, layer.values)} == {
+        torch.bfloat16
+    }
+    monkeypatch.undo()
+    with torch.no_grad():
+        trainers = grpo.token_logprobs(model, rolled, bfloat16=True).numpy()
+    assert np.abs(trainers - np.concatenate([r.logprobs for r in rolled])).mean() < 0.02
 
 
 def test_samples_follow_the_distribution(loaded, prompts):

@@ -14,16 +14,15 @@ that; the head at response tokens only, silent rollouts not at all) plus causal 
 width x context a token, without the recomputation of checkpointing, over the update's whole time, over what a
 bfloat16 torch.mm of 8192 reaches on this device.
 
-What the memory should be on 80 GB, as arithmetic, not yet as a measurement, for 1.54e9 parameters, 28 layers:
-    weights, gradients, AdamW's two moments, all float32: 1.54e9 x 16 bytes                  24.6 GB
-    activations: 97 kB a token and layer (what autograd saves under bfloat16 autocast,
-        counted on a CPU) x 28 layers x 8192 tokens a microbatch                             22.3 GB
-    the head: a chunk of 2^28 logits, about 3 float32 copies; its gradient once more,
-        a bfloat16 copy of its weights and of a chunk's gradient                              5.1 GB
-so about 52 GB; 16384 tokens a microbatch would need 74. Checkpointing keeps 6 kB a token and layer instead
-of 97, and one layer in full. Without chunks the logits of 8192 tokens alone would be 5 GB a copy.
-HFSampler's keys and values for 256 rows of 1152 tokens are 8.5 GB in bfloat16 and 16.9 in float32, beside
-18.5 GB of weights and moments.
+What the memory should be on 80 GB, as arithmetic, not yet as a measurement, for 1.54e9 parameters, 28 layers
+(train.memory_needs; tests/test_memory.py counts its parts on a CPU):
+    weights, gradients, AdamW's two moments, all float32: 1.54e9 x 16 bytes                  24.7 GB
+    autocast's bfloat16 copies of the weights, which autograd keeps                           3.1 GB
+    activations: 119 kB a token and layer x 29 layers x 8192 tokens a microbatch             28.2 GB
+    the head: two float32 arrays of a chunk of 2^28 logits, its gradient once more            3.1 GB
+so about 59 GB; 16384 tokens a microbatch would need 87. Checkpointing keeps 6 kB a token and layer instead
+of 119, and one layer in full. HFSampler's keys and values are 3.8 GB in bfloat16 for the 131072 tokens that
+it holds at once, beside 18.5 GB of weights and moments.
 
 Without CUDA everything runs once at a toy shape, in bfloat16 too, to show that it would run.
 """
