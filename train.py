@@ -932,7 +932,7 @@ def main(argv=None) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported this far out
             raise
-        less = "a lower --tokens-per-microbatch, --checkpointing, or a lower --gpu-memory"
+        less = "a lower --tokens-per-microbatch or --gpu-memory, --checkpointing, or --optimizer adamw8bit"
         sys.exit(f"train.py: stopped: out of GPU memory; start a new run with {less}")
 
 

@@ -29,8 +29,8 @@ OUT = ROOT / "tutorial" / "results" / "optimizer.json"
 OPTIMIZERS, SEEDS = ("adamw", "adamw8bit"), (0, 1, 2)
 FLAGS = {
     "tiny": "--engine hf",
-    "SmolLM2": "--engine hf --prompts 8 --budget 64 --steps 12 --max-new-tokens 5 --lr 1e-5 --minibatches 1 "
-    "--held-out 64 --eval-every 4 --eval-temperature 1 --save-every 100",
+    "SmolLM2": "--engine hf --prompts 8 --budget 64 --steps 8 --max-new-tokens 5 --lr 1e-5 --minibatches 1 "
+    "--held-out 64 --eval-every 4 --eval-samples 2 --eval-temperature 1 --save-every 100",
 }
 
 
