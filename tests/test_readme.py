@@ -10,6 +10,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tutorial"))
+import bench_optimizer  # noqa: E402
 import evidence  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
@@ -74,6 +75,20 @@ def test_replay():
     assert rows[1]["prior_strength"] == 1 and rows[1]["drift"] == 0.3  # today's defaults
     shares = [f"{row['effective_rollouts'][0]:.2f}"[1:] for row in rows]
     assert "rises from {} to {}".format(*shares) in " ".join(README.split())
+
+
+def test_the_optimizer_in_8_bits():
+    """Both curves' differences and what a step costs, from what tests/bench/bench_optimizer.py wrote."""
+    readme = " ".join(README.split())
+    for bed in {r["bed"] for r in bench_optimizer.load()["runs"]}:
+        of = bench_optimizer.compare(bed)
+        end, way = (f"{of[k][0]:+.3f} ± {of[k][1]:.3f}" for k in ("end", "way"))
+        assert f"{end} at the end and {way} on the way" in readme, (bed, end, way)
+        steps = {r["optimizer"]: r for r in bench_optimizer.load()["steps"] if r["bed"] == bed}
+        seconds = [f"{steps[name]['seconds']:.2g}" for name in bench_optimizer.OPTIMIZERS]
+        held = [f"{steps[name]['state_bytes'] / 1e6:.0f}" for name in bench_optimizer.OPTIMIZERS]
+        said = "{1} MB of state instead of {0}, {3} s a step instead of {2}".format(*held, *seconds)
+        assert said in readme, (bed, said)
 
 
 def test_kills():
