@@ -186,9 +186,8 @@ def spending(rows: list[dict]) -> str:
 
 def versus(found: list[dict]) -> str:
     """A line a pair: the difference of each measure, its 95% t interval, the verdict."""
-    lines = [
-        "                                     final success               steps saved       CPU seconds saved"
-    ]
+    head = "final success               steps saved       CPU seconds saved"
+    lines = [f"{'(95% t intervals over seeds)':38}{head}"]
     for k in range(0, len(found), len(MEASURES)):
         cells = []
         for c in found[k : k + len(MEASURES)]:
@@ -200,9 +199,8 @@ def versus(found: list[dict]) -> str:
         lines.append(f"{c['task']:7} {c['rule']:13} - {c['base']:13} " + "  ".join(cells).rstrip())
     least = min(found, key=lambda c: c["p"])
     what = f"{least['task']}, {least['rule']} - {least['base']}, {MEASURES[least['measure']]}"
-    lines.append(
-        f"{len(found)} comparisons; smallest p {least['p']:.3f}, with Holm {least['holm']:.2f} ({what})"
-    )
+    lines.append(f"{len(found)} comparisons, each a tie unless p < 0.05 with Holm's correction")
+    lines.append(f"smallest p {least['p']:.3f}, corrected {least['holm']:.2f} ({what})")
     return "\n".join(lines)
 
 
@@ -229,13 +227,10 @@ def draw(task: str, rows: list[dict], table: dict, found: list[dict], file: Path
         x = marks(runs[0]) / 1000
         left.plot(x, mean, color=colour, linestyle=dashes, marker=marker, markersize=4, label=rule)
         left.fill_between(x, mean - error, mean + error, color=colour, alpha=0.13, linewidth=0)
-    left.axhline(table["uniform"]["final"].mean(), color="black", linewidth=0.7, linestyle=":")
-    left.annotate(
-        "uniform's final success", (x[0], table["uniform"]["final"].mean()), (0, 3), fontsize=8,
-        textcoords="offset points",
-    )  # fmt: skip
+    goal = table["uniform"]["final"].mean()
+    left.axhline(goal, color="black", linewidth=0.7, linestyle=":", label="uniform's final success")
     left.set(xlabel="environment steps (thousands)", ylabel="success on held-out variants", ylim=(0, 1))
-    left.legend(loc="lower right", frameon=False)
+    left.legend(loc="upper left", fontsize=9, framealpha=1, edgecolor="white")
 
     shown = [c for c in found if c["task"] == task and c["base"] == "uniform" and c["measure"] != "final"]
     for k, c in enumerate(reversed(shown)):
