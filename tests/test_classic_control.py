@@ -244,10 +244,8 @@ def test_prose():
     assert f"success is {a:.3f} against uniform's {u:.3f} on Reacher, {b:.3f} against {v:.3f} on Pong" in text
     assert f"random starts have {r:.3f} and {s:.3f}" in text and ends["more early"][1] < min(b, v)
     assert all(c["verdict"] == "tie" and abs(c["mean"]) < c["half"] for c in found)
-    assert (
-        f"{min(c['p'] for c in found):.3f} before any correction" in text
+    assert f"{min(c['p'] for c in found):.3f} before any correction" in text
     assert f"all {len(found)} comparisons" in text
-    )
 
 
 def test_cost():
