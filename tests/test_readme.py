@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tutorial"))
 import bench_optimizer  # noqa: E402
 import evidence  # noqa: E402
+import where_it_pays  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tutorial" / "results"
@@ -66,6 +67,21 @@ def test_evidence():
     end, all_the_way = difference[:, -1], difference[:, 1:].mean(1)
     said = f"end {evidence.with_error(end)} above uniform, a {evidence.verdict(end)}; averaged over the way"
     assert f"{said} there it is a {evidence.verdict(all_the_way)}" in " ".join(README.split())
+
+
+def test_where_it_pays():
+    """The sentence about few rollouts, from the rows that tutorial/where_it_pays.py wrote."""
+    cell = dict(bed="long", budget=203)
+    means = {
+        rule: sum(r["pass1"] for r in where_it_pays.load(rule=rule, **cell))
+        / len(where_it_pays.load(rule=rule, **cell))
+        for rule in ("uniform", "knapsack")
+    }
+    d = where_it_pays.differences("knapsack", **cell)
+    assert len(d) == 4 and evidence.verdict(d) == "win"
+    assert evidence.verdict(where_it_pays.differences("knapsack", "pass16", **cell)) == "tie"
+    said = f"uniform {means['uniform']:.3f}, the knapsack {means['knapsack']:.3f}, "
+    assert said + evidence.with_error(d, "+.3f") in " ".join(README.split())
 
 
 def test_replay():
