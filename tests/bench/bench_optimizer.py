@@ -2,7 +2,7 @@
 
     pip install torchao==0.18.0 gguf accelerate
     python tutorial/get_smollm2.py smollm2 && python tutorial/make_additions.py additions.jsonl
-    python tests/bench/bench_optimizer.py [--smollm2 smollm2 additions.jsonl]  # an hour on one core
+    python tests/bench/bench_optimizer.py [--smollm2 smollm2 additions.jsonl]  # an hour and more on one core
     python tests/bench/bench_optimizer.py --show                                # the table of what is there
 
 Three seeds each. Every row goes into tutorial/results/optimizer.json as soon as it is there, and is not run
