@@ -9,6 +9,9 @@ Three seeds each. Every row goes into tutorial/results/optimizer.json as soon as
 again. A difference is taken seed by seed, 8 bits minus 32, with a 95% interval (Student's t, two degrees of
 freedom): `end` after the last step, `way` averaged over all evaluations after step 0. Besides: the seconds of
 an optimizer step (the median of 20, after what compiles) and the bytes of its state, on random gradients.
+
+The rows that are there were made with the former estimates, SuccessTracker(prior_strength=0.25, drift=0), on
+two cores shared with other work: their seconds are an upper bound.
 """
 
 import argparse
