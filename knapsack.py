@@ -375,10 +375,10 @@ def uniform(m: int, budget: int) -> np.ndarray:
 
 
 def allocate_saving(posterior, budget: int, n_min=2, mixed=0.3) -> np.ndarray:
-    """Uniform's counts (M,), but n_min where the group is expected to be mixed with a
-    probability below `mixed`: about the same gradient from fewer rollouts than budget.
+    """Uniform's counts (M,), but n_min where a group is mixed with a probability below
+    `mixed`: fewer rollouts than the budget. P(mixed) = 1 - E[p^n] - E[q^n].
 
-    posterior: (alpha, beta), (M,) each, as an early guess would be for good."""
+    posterior: (alpha, beta), (M,) each."""
     alpha, beta = (np.asarray(x, float) for x in posterior)
     even = uniform(len(alpha), budget)  # (M,)
     right = wrong = np.ones(len(alpha))  # E[p^n] and E[q^n], factor by factor

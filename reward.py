@@ -187,26 +187,22 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
         gold = (SAID.findall(text) or ["" if prose else text])[-1]
     if gold not in ("", text):
         notes.add("answers are cut out of a text")
+    keys = (asked, solved, "id")
     if not answers:  # nobody compares it with anything: it stays as it is, in extra
         gold, keys = str(answer or ""), (asked, "id")
-    else:
-        keys = (asked, solved, "id")
     faults = {
         "prompt must be text": not isinstance(prompt, str),
         "the prompt is blank": not str(prompt).strip(),
         "the id must be text or a number": type(id_) not in (str, int),
     }
-    faults |= (
-        {}
-        if not answers
-        else {
+    if answers:
+        faults |= {
             "answer must be text or a number": type(answer) not in (str, int, float),
             "answer is missing or endless": gold == "nan" or len(gold) > MAX_ANSWER,
             # "\frac" in JSON is a form feed and "rac".
             "control character (write \\ twice)": re.search(r"[\0-\x09\x0b-\x1f]", gold),
             "unmatched brace": last_boxed(rf"\boxed{{{gold}}}") != gold,
         }
-    )
     for fault in filter(faults.get, faults):
         raise ValueError(f"{where}: {fault}: {answer!r:.50} for {prompt!r:.50}")
     extra = {key: row[key] for key in row if key not in keys}

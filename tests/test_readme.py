@@ -84,6 +84,7 @@ def test_where_it_pays():
     assert evidence.verdict(where_it_pays.differences("knapsack", "pass16", **cell)) == "tie"
     said = f"uniform {means['uniform']:.3f}, the knapsack {means['knapsack']:.3f}, "
     assert said + evidence.with_error(d, "+.3f") in " ".join(README.split())
+    assert f"with {where_it_pays.silent_share():.0%} of uniform's groups silent" in " ".join(README.split())
 
 
 def test_replay():
