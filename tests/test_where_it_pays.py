@@ -94,6 +94,8 @@ def test_recorded_estimates():
 def test_final_problems_are_fresh(bed, tmp_path):
     """Catches: problems of the last examination among those that were trained on; other lengths."""
     known = {t.prompt: t.answer for t in reward.load_tasks(where_it_pays.tasks_of(bed, tmp_path))}
+    if bed == "sums":  # the same recipe as train.py's own tasks
+        assert {t.prompt for t in where_it_pays.sums(1280, 10, seed=0)} == known.keys()
     fresh = where_it_pays.sums(1024, where_it_pays.LONGEST[bed], seed=1, known=known)
     assert len(known) == 1280 and len({t.prompt for t in fresh} - known.keys()) == 1024
     digits = Counter(t.prompt.count("+") + 1 for t in fresh)

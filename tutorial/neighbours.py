@@ -36,6 +36,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from classic_control.report import holm, student_p, t95
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -603,38 +604,6 @@ def summary(folder, total):
 
 
 # ---- 7. What the rows say ----------------------------------------------------------------------------------
-def student_p(t, df):
-    """Two-sided p of Student's t, for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(abs(t) / math.sqrt(df))
-    c2, term, total = math.cos(angle) ** 2, 1.0, 0.0
-    odd = df % 2
-    for k in range(1, (df - odd) // 2 + 1):
-        total += term
-        term *= c2 * (2 * k - (1 - odd)) / (2 * k + odd)
-    if odd:
-        return 1 - 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
-    return 1 - math.sin(angle) * total
-
-
-def holm(p):
-    """Holm's correction: p times the number of comparisons left, never below a smaller one's."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)
-    corrected = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    out = np.empty(len(p))
-    out[order] = corrected.clip(max=1)
-    return out
-
-
-def t95(df):
-    """The t whose two-sided p is 0.05, by bisection."""
-    low, high = 0.0, 1e3
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, df) > 0.05 else (low, middle)
-    return low
-
-
 # What is compared: pass@1 and pass@16 at the end, and success averaged over five points of the way.
 MEASURES = {"final": lambda row: row["pass@1"], "pass@16": lambda row: row["pass@16"]}
 MEASURES["all the way"] = lambda row: at(row, [0.2, 0.4, 0.6, 0.8, 1.0]).mean()

@@ -46,7 +46,7 @@ KEY = ("bed", "rule", "prompts", "budget", "lr", "seed", "steps")
 
 # ---- The beds ------------------------------------------------------------------------------------------
 LONGEST = {"sums": 10, "long": 24}  # digits of a sum
-LENGTHS = {"sums": "", "long": "--max-new-tokens 90 --max-prompt-tokens 80"}
+TOKENS = {"sums": (40, 64), "long": (90, 80)}  # at most, of an answer and of a prompt
 
 
 # n distinct sums "3+5+2=" of 2 to `longest` digits, lengths drawn evenly, none of them in `known`.
@@ -108,7 +108,8 @@ def one(work: Path, job: dict) -> dict:
     look_first(times)
     words = f"--allocator {allocator} --prompts {job['prompts']} --budget {job['budget']} --lr {job['lr']} "
     words += f"--seed {job['seed']} --steps {job['steps']} --held-out 256 --save-every 10000 "
-    words = words.split() + LENGTHS[job["bed"]].split() + ["--tasks", tasks_of(job["bed"], work)]
+    words += "--max-new-tokens {} --max-prompt-tokens {} ".format(*TOKENS[job["bed"]])
+    words = [*words.split(), "--tasks", tasks_of(job["bed"], work)]
     start = time.perf_counter()
     with folder.with_name(slug + ".log").open("w") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -142,7 +143,7 @@ def final(model: Path, job: dict, work: Path) -> dict:
     tasks = sums(1024, LONGEST[job["bed"]], seed=1, known=known)
     weights, tokenizer = rollout.load_model(str(model))
     prompts = rollout.encode_tasks(tokenizer, tasks)
-    sampler = rollout.HFSampler(weights, tokenizer, 90 if job["bed"] == "long" else 40)
+    sampler = rollout.HFSampler(weights, tokenizer, TOKENS[job["bed"]][0])
     judge = evaluate.judge_of("", "")
     four, _ = evaluate.evaluate(sampler, tasks, prompts, judge, 4, seed=1)  # (1024, 4)
     more, _ = evaluate.evaluate(sampler, tasks[:256], prompts, judge, 12, seed=2)  # (256, 12)

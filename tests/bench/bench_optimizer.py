@@ -27,7 +27,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tutorial")]
+from classic_control.report import paired  # noqa: E402
+
 OUT = ROOT / "tutorial" / "results" / "optimizer.json"
 OPTIMIZERS, SEEDS = ("adamw", "adamw8bit"), (0, 1, 2)
 FLAGS = {
@@ -105,7 +107,8 @@ def curves(bed: str, optimizer: str) -> np.ndarray:
 def interval(differences) -> tuple[float, float]:
     """(mean, half a 95% interval by Student's t) of three differences."""
     assert len(differences) == 3
-    return float(differences.mean()), float(4.303 * differences.std(ddof=1) / 3**0.5)
+    mean, _, half, _ = paired(differences)
+    return mean, half
 
 
 def compare(bed: str) -> dict[str, tuple[float, float]]:
