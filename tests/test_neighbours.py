@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
@@ -152,6 +152,7 @@ def test_push_does_not_saturate():
     st.sampled_from(sorted(OF_P)),
     st.booleans(),
 )
+@example([0.0], 1, "push", False)  # nothing to gain, and still to be spent
 def test_budget_and_bounds(p, extra, rule, posterior):
     """Certain prompts included. Catches: NaN at p = 0 or 1; a budget not spent, or a limit passed."""
     p, n_max = np.array(p), 10
