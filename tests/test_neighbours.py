@@ -1,8 +1,6 @@
 """tutorial/neighbours.py: each published rule against an oracle, then in its place in train.py."""
 
-import argparse
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -407,65 +405,6 @@ def test_majority():
     assert neighbours.majority(tasks, texts) == [1, 1, 0, 1, 0, 1]
 
 
-# ---- Statistics ----------------------------------------------------------------------------------------
-def test_student_p():
-    """Numerical integration, and a printed table. Catches: odd and even degrees of freedom exchanged."""
-    for df in range(1, 12):
-        for t in (0.0, 0.5, 2.0, 5.0):
-            norm = math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2)
-            x = (np.arange(200_000) + 0.5) * t / 200_000
-            inside = 2 * norm * ((1 + x**2 / df) ** (-(df + 1) / 2)).sum() * t / 200_000
-            assert neighbours.student_p(t, df) == pytest.approx(1 - inside, abs=1e-6)
-    assert [round(neighbours.t95(df), 2) for df in (1, 2, 7)] == [12.71, 4.30, 2.36]
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm(p):
-    """Step down by hand. Catches: Bonferroni, or corrected values out of order."""
-    corrected, order, highest = neighbours.holm(p), np.argsort(p, kind="stable"), 0
-    for place, i in enumerate(order):
-        highest = max(highest, min(1, p[i] * (len(p) - place)))
-        assert corrected[i] == pytest.approx(highest)
-
-
-def made_up(rule, seed, level, part="main", lr=3e-4):
-    evaluations = [[0, 0.1], [25_600, level - 0.1], [51_200, level]]
-    row = {"part": part, "rule": rule, "lr": lr, "seed": seed, "bed": neighbours.BED, "total": 51_200}
-    scores = {"pass@1": level, "pass@4": level, "pass@16": level}
-    rest = {"effective_rollouts": 0.4, "effective_prompts": 0.3, "solved": 900, "seconds": 60.0}
-    return row | {"evaluations": evaluations, "spent": 51_200, "steps": 100} | scores | rest
-
-
-def test_tables(tmp_path, monkeypatch):
-    """Rows made up. Catches: seeds paired wrongly; a rule's table without its correction."""
-    rng = np.random.default_rng(0)
-    noise = rng.normal(0, 0.05, 8)
-    rows = [made_up("uniform", s, 0.8 + noise[s]) for s in range(8)]
-    rows += [made_up("spo", s, 0.84 + noise[s] + rng.normal(0, 0.01)) for s in reversed(range(8))]
-    rows += [made_up("mapo", s, 0.8 + noise[s] + rng.normal(0, 0.01)) for s in range(4)]
-    monkeypatch.setattr(neighbours, "RESULTS", tmp_path / "rows.jsonl")
-    assert neighbours.load() == []
-    neighbours.RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mean, half, p = neighbours.paired(rows, "spo", lambda r: r["pass@1"])
-    assert abs(mean - 0.04) < 0.02 and mean > half and p < 0.01
-    text = neighbours.differences_table()
-    assert text.count("\n") == 3 and "| spo | +0.0" in text
-    ps = [neighbours.paired(rows, n, f)[2] for n in ("spo", "mapo") for f in neighbours.MEASURES.values()]
-    assert f"{neighbours.holm(ps)[0]:.3f}" in text
-    assert "| uniform | 0.0003 | 8 |" in neighbours.means_table()
-    assert neighbours.at(rows[0], [0.25, 0.75]) == pytest.approx(
-        [(rows[0]["pass@1"] - 0.1 + 0.1) / 2, rows[0]["pass@1"] - 0.05]
-    )
-
-
-def test_best_rate():
-    """Catches: the rate of the best single run; rows of main that decide."""
-    rows = [made_up("spo", s, x, "lr", lr) for lr, of in {1: (0.5, 0.9), 2: (0.8, 0.8)}.items()
-            for s, x in enumerate(of)]  # fmt: skip
-    assert neighbours.best_rate([*rows, made_up("spo", 0, 1.0, "main", 1)], "spo") == 2
-
-
 # ---- In train.py ---------------------------------------------------------------------------------------
 SMALL = "--prompts 16 --budget 128 --held-out 8 --eval-samples 1 --lr 1e-4 --save-every 9 --engine hf".split()
 
@@ -543,29 +482,3 @@ def test_dapo_waits(restored):
     assert labels == [0, 0, 1, 1, 2, 2] and np.array_equal(used, [1, -1, 1, -1, 2, -2])
     assert grpo.update(None, None, rollouts, A)["loss"] is None  # it begins anew
     mp.undo()
-
-
-@pytest.mark.slow
-def test_the_comparison(monkeypatch, tmp_path):
-    """Runs in processes of their own. Catches: rules that leak into one another; a row made twice; a rule
-    that draws less and stays behind."""
-    monkeypatch.setattr(neighbours, "RESULTS", tmp_path / "rows.jsonl")
-    monkeypatch.setattr(neighbours, "RATES", (1e-4,))
-    monkeypatch.setattr(neighbours, "LR_SEEDS", (100,))
-    args = argparse.Namespace(rules=["uniform", "ar3po"], seeds=[0], tasks="arithmetic", budget=512, steps=2)
-    args.work, args.workers, args.flags = tmp_path / "work", 1, ""
-    neighbours.run(args)
-    neighbours.run(args)  # what has a row is not run again
-    rows = neighbours.load()
-    assert [(r["part"], r["rule"]) for r in rows] == [
-        ("lr", "uniform"),
-        ("lr", "ar3po"),
-        ("main", "uniform"),
-        ("main", "ar3po"),
-    ]
-    for row in rows:
-        assert row["total"] == 1024 and abs(row["spent"] - 1024) <= 256 and row["stopped"] is None
-        assert row["evaluations"][0][0] == 0 and row["evaluations"][-1][0] == row["spent"]
-        assert 0 < row["pass@1"] < row["pass@4"] < row["pass@16"] < 1
-    assert rows[1]["steps"] >= rows[0]["steps"] == 2
-    assert "ar3po" in neighbours.differences_table("--tasks arithmetic --budget 512 --steps 2")

@@ -1,49 +1,30 @@
 """The neighbours: other published rules for who gets rollouts, and for what silent groups teach. (Chapter 10)
 
-    python tutorial/neighbours.py run --rules uniform neyman spo     # goes on where it was; hours for all
-    python tutorial/neighbours.py table                              # what the rows so far say
+    python tutorial/where_it_pays.py --rules uniform neyman spo     # trains with them
 
 First the rules, each with its formula and source beside it, as functions of numbers: M prompts, R rollouts,
 p (M,) or the pair (alpha, beta) of a posterior, q = 1 - p; counts (M,) are whole numbers from n_min to n_max
 and add up to the budget.
-Then how they take their places in train.py (`plug`), then the comparison. Two rules can be joined, as in
-neyman+spo: who gets rollouts from the one, advantages from the other.
-
-The comparison, every run of it with the same number of rollouts, counted as they are drawn:
-
-    lr      each rule x 3 learning rates x seeds 100, 101
-    main    each rule at its best rate, seeds 0 to 7
-
-The best rate has the highest held-out success after 60% of the rollouts or more, over both seeds. A run is
-train.py itself with parts exchanged; its row of results/neighbours.jsonl is not made twice.
+Then how they take their places in train.py (`plug`). Two rules can be joined, as in neyman+spo: who gets
+rollouts from the one, advantages from the other.
 """
 
-import argparse
 import collections
-import contextlib
 import itertools
-import json
 import math
-import multiprocessing
-import os
-import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from classic_control.report import holm, student_p, t95
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import evaluate  # noqa: E402
 import knapsack  # noqa: E402
 import reward  # noqa: E402
-import rollout  # noqa: E402
 import train  # noqa: E402
 
 
@@ -362,7 +343,7 @@ ADVANTAGES = {
 }
 ADVANTAGES["spo-1"] = ADVANTAGES["spo"]  # 512 groups of one
 FRESH_ADVANTAGES = {"dcpo": dcpo_with_memory}
-FLAGS = {"spo-1": lambda budget: f"--prompts {budget} --n-min 1"}
+FLAGS = {"spo-1": "--prompts {budget} --n-min 1"}  # of train.py
 OTHER = ("uniform", "paper", "knapsack", "dapo")
 RULES = [*OTHER, *dict.fromkeys([*ALLOCATIONS, *FRESH, *DRAWS, *ADVANTAGES, *FRESH_ADVANTAGES])]
 
@@ -483,205 +464,3 @@ def plug(name):
 
     train.ALLOCATORS[name] = seen_too
     return seen
-
-
-# ---- 6. The comparison -------------------------------------------------------------------------------------
-RESULTS = HERE / "results" / "neighbours.jsonl"
-RATES, LR_SEEDS, SEEDS = (1.5e-4, 3e-4, 6e-4), (100, 101), range(8)
-KEY = ("part", "rule", "lr", "seed", "bed")
-
-
-# What is trained on, and with how many rollouts: part of a row's name.
-def bed_of(args):
-    return f"--tasks {args.tasks} --budget {args.budget} --steps {args.steps} {args.flags}".strip()
-
-
-def load(bed=None):
-    rows = list(evaluate.each_row(RESULTS)) if RESULTS.exists() else []
-    return [row for row in rows if bed in (None, row["bed"])]
-
-
-def at(row, shares):
-    """Held-out success after these shares of the rollouts, between two evaluations on a straight line."""
-    spent, success = np.array(row["evaluations"]).T
-    return np.interp(np.asarray(shares) * row["total"], spent, success)
-
-
-def best_rate(rows, rule):
-    scores = collections.defaultdict(list)
-    for row in rows:
-        if (row["part"], row["rule"]) == ("lr", rule):
-            scores[row["lr"]].append(at(row, [0.6, 0.8, 1.0]).mean())
-    return max(scores, key=lambda lr: np.mean(scores[lr]))
-
-
-def run(args):
-    from tqdm import tqdm
-
-    os.environ["OMP_NUM_THREADS"] = "1"  # of each run
-    fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
-    bed = bed_of(args)
-    for part in ("lr", "main"):
-        done = {tuple(row[k] for k in KEY) for row in load()}
-        seeds = LR_SEEDS if part == "lr" else args.seeds
-        jobs = []
-        for seed in seeds:  # seed by seed, so that what was cut short is still balanced
-            for rule in args.rules:
-                rates = RATES if part == "lr" else [best_rate(load(bed), rule)]
-                jobs += [(part, rule, lr, seed, bed) for lr in rates]
-        left = [job for job in jobs if job not in done]
-        with ProcessPoolExecutor(args.workers, **fresh) as pool:
-            rows = pool.map(partial(one, args.work), left)
-            for row in tqdm(rows, part, len(left), unit="run", disable=None):
-                train.log(RESULTS.parent, RESULTS.stem, row)
-
-
-def one(work, job):
-    """A run -> its row."""
-    part, rule, lr, seed, bed = job
-    options = dict(zip(bed.split()[::2], bed.split()[1::2], strict=True))
-    budget, steps = int(options["--budget"]), int(options["--steps"])
-    slug = "-".join(bed.replace("--", "").replace("/", "_").split())
-    folder = work / slug / f"{part}-{rule.replace('/', '_')}-lr{lr:g}-seed{seed}"
-    made = folder / "row.json"
-    if made.exists():
-        return json.loads(made.read_text())
-    shutil.rmtree(folder, ignore_errors=True)  # a rule's memory is not in a checkpoint
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    flags = FLAGS[rule](budget).split() if rule in FLAGS else []
-    every = max(1, steps // 5)
-    words = f"--allocator {rule} --lr {lr} --seed {seed} --eval-every {every} {bed}".split()
-    seen = plug(rule)
-    with folder.with_name(folder.name + ".log").open("w") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            try:
-                train.main([*words, *flags, "--out", str(folder)])
-                # A rule that drew less goes on until it has drawn as much.
-                while (more := steps * budget - sum(spent := spent_in(folder))) >= budget / 2:
-                    seen.run.locked.close()
-                    further = len(spent) + max(1, round(more / np.mean(spent[-10:])))
-                    train.main(["--resume", str(folder), "--steps", str(further)])
-                stopped = None
-            except SystemExit as stop:
-                stopped = str(stop.code)
-                if not stopped.startswith("train.py: stopped:"):  # weights that blew up are a result
-                    raise
-            success = at_the_end(seen.run)
-    row = dict(zip(KEY, job, strict=True)) | summary(folder, steps * budget) | success | {"stopped": stopped}
-    made.write_text(json.dumps(row))
-    return row
-
-
-def at_the_end(run, samples=16):
-    """pass@1, 4 and 16 on the held-out problems."""
-    c, judge = run.config, evaluate.judge_of(run.config.reward, run.config.instruction)
-    sampler = rollout.HFSampler(run.model, run.tokenizer, c.max_new_tokens, c.eval_temperature)
-    with contextlib.closing(judge) if hasattr(judge, "close") else contextlib.nullcontext():
-        right, _ = evaluate.evaluate(sampler, run.held_out, run.prompts, judge, samples, seed=12345)
-    passed = {k: evaluate.pass_at_k(samples, right.sum(1).astype(int), k).mean() for k in (1, 4, 16)}
-    return {f"pass@{k}": round(float(x), 4) for k, x in passed.items()}
-
-
-def spent_in(folder):
-    return [row["budget"] for row in list(evaluate.each_row(folder / "metrics.jsonl"))[1:]]
-
-
-def summary(folder, total):
-    """What is worth keeping of a run."""
-    rows = list(evaluate.each_row(folder / "metrics.jsonl"))
-    spent = np.cumsum([0] + [row["budget"] for row in rows[1:]])
-    known = [(int(n), row["eval_success"]) for n, row in zip(spent, rows, strict=True)]
-    evaluations = [[n, success] for n, success in known if success is not None]
-    means = {k: np.mean([row[k] for row in rows[1:]]) for k in ("effective_rollouts", "effective_prompts")}
-    return {
-        "total": total,
-        "spent": int(spent[-1]),
-        "steps": len(rows) - 1,
-        "evaluations": evaluations,
-        **{k: round(float(x), 4) for k, x in means.items()},
-        "solved": rows[-1]["distinct_solved"],
-        "seconds": round(sum(row["seconds"] - (row.get("time_eval") or 0) for row in rows[1:]), 1),
-    }
-
-
-# ---- 7. What the rows say ----------------------------------------------------------------------------------
-# What is compared: pass@1 and pass@16 at the end, and success averaged over five points of the way.
-MEASURES = {"final": lambda row: row["pass@1"], "pass@16": lambda row: row["pass@16"]}
-MEASURES["all the way"] = lambda row: at(row, [0.2, 0.4, 0.6, 0.8, 1.0]).mean()
-
-
-def paired(rows, rule, measure):
-    """Rule minus uniform, seed by seed: (mean, half a 95% interval by Student's t, two-sided p)."""
-    ours, base = (
-        {r["seed"]: measure(r) for r in rows if (r["part"], r["rule"]) == ("main", name)}
-        for name in (rule, "uniform")
-    )
-    d = np.array([ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())])
-    if len(d) < 2:
-        return d.mean() if len(d) else np.nan, np.nan, 1.0
-    se = d.std(ddof=1) / math.sqrt(len(d))
-    p = student_p(d.mean() / se, len(d) - 1) if se else float(d.mean() == 0)
-    return d.mean(), t95(len(d) - 1) * se, p
-
-
-def lines_of(table):
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in table)
-
-
-BED = "--tasks arithmetic --budget 512 --steps 100"
-
-
-def means_table(bed=BED):
-    """A rule a line: means over seeds of the main runs."""
-    columns = {"pass@1": 3, "pass@4": 3, "pass@16": 3, "effective_rollouts": 2, "effective_prompts": 2}
-    columns |= {"solved": 0, "seconds": 0}
-    table = [["rule", "lr", "seeds", *(k.replace("_", " ") for k in columns)]]
-    table += [["---"] * len(table[0])]
-    rows = [r for r in load(bed) if r["part"] == "main"]
-    for rule in dict.fromkeys(r["rule"] for r in rows):
-        own = [r for r in rows if r["rule"] == rule]
-        means = [f"{np.mean([r[k] for r in own]):.{digits}f}" for k, digits in columns.items()]
-        table.append([rule, f"{own[0]['lr']:g}", len(own), *means])
-    return lines_of(table)
-
-
-def differences_table(bed=BED):
-    """A rule a line, minus uniform: mean ± half a 95% interval; p, and p after Holm over the whole table."""
-    rows = load(bed)
-    rules = [n for n in dict.fromkeys(r["rule"] for r in rows if r["part"] == "main") if n != "uniform"]
-    found = {(n, m): paired(rows, n, f) for n in rules for m, f in MEASURES.items()}
-    corrected = dict(zip(found, holm([p for _, _, p in found.values()]), strict=True))
-    table = [["minus uniform", *(h for m in MEASURES for h in (m, "p", "p, Holm"))]]
-    table += [["---"] * len(table[0])]
-    for n in rules:
-        cells = [n]
-        for m in MEASURES:
-            mean, half, p = found[n, m]
-            cells += [f"{mean:+.3f} ± {half:.3f}", f"{p:.3f}", f"{corrected[n, m]:.3f}"]
-        table.append(cells)
-    return lines_of(table)
-
-
-def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["run", "table"])
-    parser.add_argument("--rules", nargs="+", default=RULES, help="of them, or joined by + [all]")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the main runs [0 to 7]")
-    parser.add_argument("--tasks", default="arithmetic", help="as train.py's [%(default)s]")
-    parser.add_argument("--budget", type=int, default=512, help="rollouts a step [%(default)s]")
-    parser.add_argument("--flags", default="", help="others of train.py's, a value each, in quotes")
-    parser.add_argument("--steps", type=int, default=100, help="of a rule that spends it all [%(default)s]")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/neighbours"), help="run folders [%(default)s]"
-    )
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time [%(default)s]")
-    args = parser.parse_args()
-    if args.what == "run":
-        run(args)
-    bed = bed_of(args)
-    print(means_table(bed), differences_table(bed), sep="\n\n")
-
-
-if __name__ == "__main__":
-    main()

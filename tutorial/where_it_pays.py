@@ -1,16 +1,20 @@
-"""Where does an allocation pay? Many small training runs, one JSON row each.
+"""Where does an allocation pay, and which one? Many small training runs, one JSON row each.
 
-    python tutorial/where_it_pays.py --beds long --budgets 203 --rules uniform knapsack --seeds 0 1 2
+    python tutorial/where_it_pays.py --rules uniform knapsack --seeds 0 1 2 3     # goes on where it was
+    python tutorial/where_it_pays.py --rules uniform hora spo --lrs 1e-4 2e-4 4e-4 --seeds 100 101
+    python tutorial/where_it_pays.py --rules uniform hora spo --lrs best --seeds 0 1 2 3 4 5 6 7
 
 The embedded model practises on one of two beds:
 
     sums   those of train.py: 2 to 10 digits
     long   2 to 24 digits, most of which are hopeless at the start
 
-A run is train.py itself: 100 steps, 64 prompts a step, --budget rollouts. At its end the model
-answers 1,024 sums of the bed's kind that no run has seen, four times each, and 256 of them 16
-times. Its row goes to results/where_it_pays.jsonl. What has a row is not run again, and one
-thread does a run: --workers of them go on at a time.
+A rule is one of RULES, one of neighbours.py's, or several joined by +. A run is train.py itself, 100 steps of
+--budget rollouts for 64 prompts, until it has drawn 100 times the budget. At its end the model answers 1,024
+sums of the bed's kind that no run has seen, four times each, and 256 of them 16 times. Seeds from 100 on are
+for choosing rates: `--lrs best` takes for each rule the one with the highest success after 60% of the
+rollouts or more, over those seeds. A row of results/where_it_pays.jsonl is not made twice. One thread does a
+run: --workers of them go on at a time.
 """
 
 import argparse
@@ -31,8 +35,10 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 import evidence  # noqa: E402
+import neighbours  # noqa: E402
+from classic_control.report import holm, student_p  # noqa: E402
 
 import evaluate  # noqa: E402
 import knapsack  # noqa: E402
@@ -42,6 +48,8 @@ import train  # noqa: E402
 
 RESULTS = HERE / "results" / "where_it_pays.jsonl"
 KEY = ("bed", "rule", "prompts", "budget", "lr", "seed", "steps")
+# What is compared, unless something else is asked for. Seeds from TUNING on only choose a rate.
+USUAL, TUNING = {"prompts": 64, "lr": 2e-4, "steps": 100}, 100
 
 
 # ---- The beds ------------------------------------------------------------------------------------------
@@ -74,7 +82,8 @@ def tasks_of(bed: str, work: Path) -> str:
 
 
 # ---- The rules -----------------------------------------------------------------------------------------
-# name: (an entry of train.ALLOCATORS, settings of the tracker, problems at first sight)
+# name: (an entry of train.ALLOCATORS, settings of the tracker, problems at first sight). Those of
+# neighbours.py come besides.
 RULES = {
     "uniform": ("uniform", {}, 1),
     "paper": ("paper", {}, 1),
@@ -100,50 +109,83 @@ def look_first(times: int) -> None:
 
 
 # ---- A run ---------------------------------------------------------------------------------------------
+# transformers copies keys and values for each of the heads that share them. torch's attention on a CPU
+# reads them where they are: the same numbers to the bit, in two thirds of the time.
+def share_keys() -> None:
+    from transformers.integrations import sdpa_attention
+
+    sdpa_attention.use_gqa_in_sdpa = lambda *_: True
+
+
 def one(work: Path, job: dict) -> dict:
     slug = "-".join(str(job[name]) for name in KEY).replace(" ", "_").replace("'", "")
-    folder, (allocator, memory, times) = work / slug, RULES[job["rule"]]
+    folder, rule = work / slug, job["rule"]
     shutil.rmtree(folder, ignore_errors=True)  # cut short, it starts again
-    knapsack.SuccessTracker = partial(knapsack.SuccessTracker, **memory)
-    look_first(times)
+    share_keys()
+    if rule in RULES:
+        allocator, memory, times = RULES[rule]
+        seen = neighbours.watch()
+        knapsack.SuccessTracker = partial(knapsack.SuccessTracker, **memory)
+        look_first(times)
+    else:
+        allocator, seen = rule, neighbours.plug(rule)
     words = f"--allocator {allocator} --prompts {job['prompts']} --budget {job['budget']} --lr {job['lr']} "
     words += f"--seed {job['seed']} --steps {job['steps']} --held-out 256 --save-every 10000 "
     words += "--max-new-tokens {} --max-prompt-tokens {} ".format(*TOKENS[job["bed"]])
-    words = [*words.split(), "--tasks", tasks_of(job["bed"], work)]
-    start = time.perf_counter()
+    words += neighbours.FLAGS.get(rule, "").format(budget=job["budget"])
+    words = [*words.split(), "--tasks", tasks_of(job["bed"], work), "--out", str(folder)]
+    start, stopped = time.perf_counter(), None
     with folder.with_name(slug + ".log").open("w") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            train.main([*words, "--out", str(folder)])
+            try:
+                train.main(words)
+                if rule != "saving":  # which means to draw less
+                    go_on(folder, seen, job["steps"] * job["budget"])
+            except SystemExit as stop:
+                stopped = str(stop.code)
+                if not stopped.startswith("train.py: stopped:"):  # weights that blew up are a result
+                    raise
     row = summary(folder) | {"minutes": round((time.perf_counter() - start) / 60, 2)}
-    row |= final(folder / "final", job, work)
+    row |= final(seen.run.model, seen.run.tokenizer, job["bed"], work) | {"stopped": stopped}
     shutil.copy(folder / "groups.jsonl", folder.with_name(slug + ".groups.jsonl"))
     shutil.rmtree(folder)
     return job | row
 
 
+# A rule that drew less gets more steps, until it has drawn as much.
+def go_on(folder: Path, seen, total: int) -> None:
+    def drawn() -> list[int]:
+        return [row["budget"] for row in evaluate.each_row(folder / "metrics.jsonl")][1:]
+
+    budget = total / len(drawn())
+    while (left := total - sum(drawn())) >= budget / 2:
+        seen.run.locked.close()
+        further = len(drawn()) + max(1, round(left / np.mean(drawn()[-10:])))
+        train.main(["--resume", str(folder), "--steps", str(further)])
+
+
 # What is worth keeping of a run folder.
 def summary(folder: Path) -> dict:
     untouched, *rows = evaluate.each_row(folder / "metrics.jsonl")
-    # [step, held-out success, its standard error]
+    spent = [0, *np.cumsum([r["budget"] for r in rows]).tolist()]
+    # [step, held-out success, its standard error, rollouts so far]
     curve = [
-        [r["step"], r["eval_success"], round(r["eval_success_se"], 4)]
-        for r in [untouched, *rows]
+        [r["step"], r["eval_success"], round(r["eval_success_se"], 4), so_far]
+        for r, so_far in zip([untouched, *rows], spent, strict=True)
         if r["eval_success"] is not None
     ]
     shares = ("effective_rollouts", "effective_prompts", "all_right", "all_wrong")
     means = {name: round(float(np.mean([r[name] for r in rows])), 4) for name in shares}
     seconds = {k: round(sum(r[f"time_{k}"] for r in rows), 1) for k in ("allocate", "sample", "update")}
-    spent = sum(r["budget"] for r in rows)
-    return {"curve": curve, "spent": spent, "solved": rows[-1]["distinct_solved"]} | means | seconds
+    return {"curve": curve, "spent": spent[-1], "solved": rows[-1]["distinct_solved"]} | means | seconds
 
 
-# Success of the last model on sums that nobody has seen.
-def final(model: Path, job: dict, work: Path) -> dict:
-    known = {t.prompt for t in reward.load_tasks(tasks_of(job["bed"], work))}
-    tasks = sums(1024, LONGEST[job["bed"]], seed=1, known=known)
-    weights, tokenizer = rollout.load_model(str(model))
+# Success of a model on sums that nobody has seen.
+def final(model, tokenizer, bed: str, work: Path) -> dict:
+    known = {t.prompt for t in reward.load_tasks(tasks_of(bed, work))}
+    tasks = sums(1024, LONGEST[bed], seed=1, known=known)
     prompts = rollout.encode_tasks(tokenizer, tasks)
-    sampler = rollout.HFSampler(weights, tokenizer, TOKENS[job["bed"]][0])
+    sampler = rollout.HFSampler(model, tokenizer, TOKENS[bed][0])
     judge = evaluate.judge_of("", "")
     four, _ = evaluate.evaluate(sampler, tasks, prompts, judge, 4, seed=1)  # (1024, 4)
     more, _ = evaluate.evaluate(sampler, tasks[:256], prompts, judge, 12, seed=2)  # (256, 12)
@@ -160,15 +202,50 @@ def load(**wanted) -> list[dict]:
     return [row for row in rows if wanted.items() <= row.items()]
 
 
+def runs(rule: str, **cell) -> list[dict]:
+    """The compared runs of a rule, by seed: at the usual rate and shape, unless `cell` says otherwise."""
+    found = [r for r in load(rule=rule, **(USUAL | cell)) if r["seed"] < TUNING]
+    return sorted(found, key=lambda r: r["seed"])
+
+
 # ---- What comes out ------------------------------------------------------------------------------------
-# pass1, pass4, ... of a row's last model; "way": success averaged over all evaluations but the first.
+# Held-out success after these shares of all the rollouts, between two evaluations on a straight line.
+def at(row: dict, shares) -> np.ndarray:
+    spent = [c[3] if len(c) > 3 else c[0] * row["budget"] for c in row["curve"]]  # older rows lack it
+    return np.interp(np.asarray(shares) * row["steps"] * row["budget"], spent, [c[1] for c in row["curve"]])
+
+
+# pass1, pass4, ... of a row's last model; "late" and "way": success averaged over the last three fifths of
+# the rollouts, and over all.
 def score(row: dict, measure: str) -> float:
-    return float(np.mean([c[1] for c in row["curve"][1:]])) if measure == "way" else row[measure]
+    shares = {"late": (0.6, 0.8, 1.0), "way": (0.2, 0.4, 0.6, 0.8, 1.0)}.get(measure)
+    return float(at(row, shares).mean()) if shares else row[measure]
+
+
+def tuning(rule: str, bed: str, budget: int) -> dict:
+    """{(prompts, lr): late success of each seed} of the runs that choose a rate."""
+    found = {}
+    for row in load(rule=rule, bed=bed, budget=budget):
+        if row["seed"] >= TUNING:
+            found.setdefault((row["prompts"], row["lr"]), []).append(score(row, "late"))
+    return dict(sorted(found.items()))
+
+
+# The rate (of 64 prompts, unless `shapes`) with the highest success. At a rate at which one run falls below
+# half of another's success, a run is not safe: it is none to choose.
+def best(rule: str, bed: str, budget: int, shapes: bool = False) -> tuple[int, float]:
+    found = {k: x for k, x in tuning(rule, bed, budget).items() if shapes or k[0] == USUAL["prompts"]}
+    safe = {k: np.mean(x) for k, x in found.items() if min(x) > max(x) / 2}
+    if not safe:
+        raise ValueError(
+            f"{rule} on {bed}, {budget} a step: run seeds {TUNING} and {TUNING + 1} at some --lrs first"
+        )
+    return max(safe, key=safe.get)
 
 
 # rule - base, seed by seed, on the same bed with the same budget: (seeds,).
 def differences(rule: str, measure="pass1", base="uniform", **cell) -> np.ndarray:
-    ours, theirs = ({r["seed"]: r for r in load(rule=name, **cell)} for name in (rule, base))
+    ours, theirs = ({r["seed"]: r for r in runs(name, **cell)} for name in (rule, base))
     seeds = sorted(ours.keys() & theirs.keys())
     return np.array([score(ours[s], measure) - score(theirs[s], measure) for s in seeds])
 
@@ -181,14 +258,10 @@ def table(rules, base="uniform", **cell) -> str:
     ]
     lines.append("|" + " --- |" * (5 + len(names)))
     for rule in rules:
-        rows = load(rule=rule, **cell)
+        rows = runs(rule, **cell)
         shares = [np.mean([r[f"effective_{k}"] for r in rows]) for k in ("rollouts", "prompts")]
-        cells = [
-            rule,
-            f"{len(rows)}",
-            f"{np.mean([r['spent'] for r in rows]):,.0f}",
-            *(f"{x:.2f}" for x in shares),
-        ]
+        cells = [rule, f"{len(rows)}", f"{np.mean([r['spent'] for r in rows]):,.0f}"]
+        cells += [f"{x:.2f}" for x in shares]
         for measure in names:
             mean = f"{np.mean([score(r, measure) for r in rows]):.3f}"
             d = differences(rule, measure, base, **cell)
@@ -198,49 +271,95 @@ def table(rules, base="uniform", **cell) -> str:
     return "\n".join(lines)
 
 
-# Of uniform's groups on the long sums with few rollouts, over the whole run.
-def silent_share() -> float:
-    return 1 - float(np.mean([r["effective_prompts"] for r in load(bed="long", budget=203, rule="uniform")]))
+def rates_table(rules, bed: str, budget: int) -> str:
+    """Markdown: late success at each rate and number of prompts, over the seeds that choose. The star is
+    the best of a row's rule."""
+    found = {rule: tuning(rule, bed, budget) for rule in rules}
+    rates = sorted({lr for of in found.values() for _, lr in of})
+    lines = ["| rule | prompts | " + " | ".join(f"{lr:g}" for lr in rates) + " |"]
+    lines.append("|" + " --- |" * (2 + len(rates)))
+    for rule, of in found.items():
+        for prompts in sorted({m for m, _ in of}):
+            cells = []
+            for lr in rates:
+                star = "*" if (prompts, lr) == best(rule, bed, budget, shapes=True) else ""
+                each = of.get((prompts, lr))
+                cells.append(f"{np.mean(each):.3f}{star}" if each else "")
+            lines.append(f"| {rule} | {prompts} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def corrected_table(rules, base="uniform", measures=("pass1", "way", "pass16"), **cell) -> str:
+    """Markdown: differences with 95% intervals (Student's t), p, and p after Holm over the whole table."""
+    found = {(rule, m): differences(rule, m, base, **cell) for rule in rules for m in measures}
+    p = []
+    for d in found.values():
+        se = np.std(d, ddof=1) / np.sqrt(len(d))
+        p.append(student_p(d.mean() / se, len(d) - 1))
+    p = {key: both for key, *both in zip(found, p, holm(p), strict=True)}
+    lines = [f"| minus {base} | seeds | " + " | ".join(f"{m} | p | p, Holm" for m in measures) + " |"]
+    lines.append("|" + " --- |" * (2 + 3 * len(measures)))
+    for rule in rules:
+        cells = [rule, f"{len(found[rule, measures[0]])}"]
+        for m in measures:
+            d = found[rule, m]
+            cells.append(f"{d.mean():+.3f} ± {evidence.half_width(d):.3f}")
+            cells += [f"{x:.4f}" for x in p[rule, m]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# Rollouts until the mean curve of a rule reaches the mean end of another, as a share of all.
+def when_reached(rule: str, base="uniform", **cell) -> float:
+    shares = np.linspace(0, 1, 501)
+    ours, theirs = (np.mean([at(r, shares) for r in runs(name, **cell)], 0) for name in (rule, base))
+    there = np.flatnonzero(ours >= theirs[-1])
+    return float(shares[there[0]]) if len(there) else np.nan
+
+
+# Of uniform's groups, over the whole run.
+def silent_share(bed="long", budget=203) -> float:
+    return 1 - float(np.mean([r["effective_prompts"] for r in runs("uniform", bed=bed, budget=budget)]))
+
+
+# The cells of a bed with at least `seeds` pairs: {budget: differences}.
+def cells(bed: str, rule="knapsack", measure="pass1", seeds=3) -> dict[int, np.ndarray]:
+    budgets = sorted({r["budget"] for r in load(bed=bed, **USUAL)})
+    found = {n: differences(rule, measure, bed=bed, budget=n) for n in budgets}
+    return {n: d for n, d in found.items() if len(d) >= seeds}
 
 
 def draw(path: Path) -> None:
     """Left: the long sums with few rollouts. Right: knapsack - uniform, and its 95% interval, on two beds."""
     with evaluate.picture(path, 1, 2) as (_, (a, b)):
         for rule in ("uniform", "knapsack"):
-            curves = np.array([[c[1] for c in r["curve"]] for r in load(bed="long", budget=203, rule=rule)])
+            rows, shares = runs(rule, bed="long", budget=203), np.linspace(0, 1, 6)
+            curves = np.array([at(r, shares) for r in rows])
             mean, se = curves.mean(0), curves.std(0, ddof=1) / len(curves) ** 0.5
-            steps = np.array([c[0] for c in load(bed="long", budget=203, rule=rule)[0]["curve"]])
-            a.plot(steps * 0.203, mean, label=f"{rule} ({len(curves)} seeds)", **evaluate.look(rule))
-            a.fill_between(
-                steps * 0.203, mean - se, mean + se, color=evaluate.look(rule)["color"], alpha=0.15
-            )
+            color = evaluate.look(rule)["color"]
+            a.plot(20.3 * shares, mean, label=f"{rule} ({len(curves)} seeds)", **evaluate.look(rule))
+            a.fill_between(20.3 * shares, mean - se, mean + se, color=color, alpha=0.15)
         a.set(title="Few rollouts, hopeless problems: it pays", xlabel="thousand rollouts")
         a.set(ylabel="held-out success")
         a.legend()
-        # The other bed's cell is chapter 7's: 8 a prompt, and the same estimates.
-        easy = evidence.ends("long", "drifting") - evidence.ends("main", "uniform")
-        hard = differences("knapsack", bed="long", budget=203)
-        found = {
-            f"long sums, {silent_share():.0%} silent": (203 / 64, hard, "s"),
-            f"short sums, {1 - evidence.tens('main', 'uniform', 'effective_prompts').mean():.0%} silent": (
-                8,
-                easy,
-                "o",
-            ),
-        }
-        for (label, (each, d, marker)), color in zip(
-            found.items(), (evaluate.BLUE, evaluate.ORANGE), strict=True
-        ):
-            label = f"{label} ({len(d)} seeds)"
-            style = dict(color=color, marker=marker, ms=8, capsize=5, linestyle="", label=label)
-            b.errorbar(each, d.mean(), evidence.half_width(d), **style)
+        looks = {"long": (evaluate.BLUE, "s", 0.97), "sums": (evaluate.ORANGE, "o", 1.03)}
+        for bed, (color, marker, aside) in looks.items():
+            found = cells(bed)
+            silent = [silent_share(bed, n) for n in found]
+            label = f"sums of up to {LONGEST[bed]} digits, {max(silent):.0%} to {min(silent):.0%} silent"
+            style = dict(color=color, marker=marker, ms=7, capsize=4, linestyle=":", label=label)
+            each = [aside * n / USUAL["prompts"] for n in found]  # side by side
+            halves = [evidence.half_width(d) for d in found.values()]
+            b.errorbar(each, [d.mean() for d in found.values()], halves, **style)
         b.axhline(0, color="#444444", lw=1)
-        b.set(title="Two cells of a map, with 95% intervals", xlabel="rollouts a prompt (mean)")
-        b.set(ylabel="knapsack minus uniform at the end")
+        b.axvline(8, color=evaluate.GREY, lw=1, linestyle="--")
+        b.annotate("--model Qwen2.5-Math-1.5B", (8, 1), (-4, -4), xycoords=("data", "axes fraction"),
+                   textcoords="offset points", rotation=90, va="top", ha="right", fontsize=8)  # fmt: skip
+        b.set(title="The more rollouts a prompt, the less it pays", xlabel="rollouts a prompt (mean)")
+        b.set(ylabel="knapsack minus uniform at the end", xlim=(2.4, 11))
         b.set_xscale("log", base=2)
-        b.xaxis.set_major_formatter("{x:g}")
-        b.set_xlim(2, 16)
-        b.legend()
+        b.set_xticks([3, 4, 6, 8], labels=["3", "4", "6", "8"])
+        b.legend(fontsize=8)
 
 
 def run(jobs: list[dict], work: Path, workers: int) -> None:
@@ -257,15 +376,21 @@ def run(jobs: list[dict], work: Path, workers: int) -> None:
             train.log(RESULTS.parent, RESULTS.stem, row)
 
 
+def rule_name(text: str) -> str:
+    if text not in RULES and not set(text.split("+")) <= set(neighbours.RULES):
+        raise argparse.ArgumentTypeError(f"no rule {text!r}: {', '.join([*RULES, *neighbours.RULES])}")
+    return text
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--beds", nargs="+", choices=LONGEST, default=["long"])
-    add("--rules", nargs="+", choices=RULES, default=["uniform", "knapsack"])
+    add("--rules", nargs="+", type=rule_name, default=["uniform", "knapsack"], metavar="RULE")
     add("--prompts", nargs="+", type=int, default=[64], help="prompts a step")
     add("--budgets", nargs="+", type=int, default=[203], help="rollouts a step")
-    add("--lrs", nargs="+", type=float, default=[2e-4], help="learning rates")
+    add("--lrs", nargs="+", default=["2e-4"], help="learning rates, or best [%(default)s]")
     add("--seeds", nargs="+", type=int, default=[0])
     add("--steps", nargs="+", type=int, default=[100])
     add("--work", type=Path, default=Path("runs/where_it_pays"), help="for run folders [%(default)s]")
@@ -273,10 +398,10 @@ def main() -> None:
     args = parser.parse_args()
     # Seed by seed, so that what is cut short is still balanced.
     axes = product(args.seeds, args.beds, args.budgets, args.prompts, args.lrs, args.steps, args.rules)
-    jobs = [
-        dict(zip(KEY, (bed, rule, prompts, budget, lr, seed, steps), strict=True))
-        for seed, bed, budget, prompts, lr, steps, rule in axes
-    ]
+    jobs = []
+    for seed, bed, budget, prompts, lr, steps, rule in axes:
+        rate = best(rule, bed, budget)[1] if lr == "best" else float(lr)
+        jobs.append(dict(zip(KEY, (bed, rule, prompts, budget, rate, seed, steps), strict=True)))
     run(jobs, args.work, args.workers)
 
 

@@ -1,0 +1,308 @@
+"""One batch under the microscope: how well does its gradient point where held-out success rises?
+
+    python tutorial/microscope.py run      # about 15 minutes a line of BEDS on one core; goes on where it was
+    python tutorial/microscope.py table
+
+The true gradient, that of mean success on the held-out problems, comes from 96 answers to each of them. Each
+training problem is answered 96 times as well: 32 of the answers tell the rules its p, so that no estimate
+is to blame, and batches are drawn from the other 64. A batch's gradient has a part along the true one, and
+noise. A row of results/microscope.jsonl says of 40 batches:
+
+    cosine     of a batch's gradient with the true one, and its standard error (jackknife)
+    direction  the cosine of their mean, noise taken out: where the rule pulls if batches are large
+    signal     the squared length of that mean over that of the noise of one batch
+    length     of a batch's gradient, as a multiple of uniform's
+    live       the share of rollouts in mixed groups
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import where_it_pays  # noqa: E402
+
+import evaluate  # noqa: E402
+import grpo  # noqa: E402
+import knapsack  # noqa: E402
+import reward  # noqa: E402
+import rollout  # noqa: E402
+import train  # noqa: E402
+
+RESULTS = HERE / "results" / "microscope.jsonl"
+ANSWERS, TOLD, BATCHES = 96, 32, 40
+# Bed, rollouts a step, and how many steps of uniform the model has had.
+BEDS = [("sums", 512, 0), ("sums", 512, 20), ("sums", 512, 100), ("long", 203, 0), ("long", 203, 100)]
+
+
+# ---- Who gets rollouts: functions (p of all N problems, budget, rng) -> (problems, counts) ---------------
+def uniform(each):
+    def rule(p, budget, rng):
+        m = int(budget / each + 1e-9)
+        return rng.permutation(len(p))[:m], knapsack.uniform(m, budget)
+
+    return rule
+
+
+# The knapsack among 64 problems drawn at random, as train.py has it.
+def inside(value=None):
+    def rule(p, budget, rng):
+        i = rng.permutation(len(p))[:64]
+        return i, knapsack.allocate(p[i], budget, 2, ANSWERS - TOLD, value)
+
+    return rule
+
+
+# Among k problems, where a problem may get none. The first two rollouts are bought together: each of them
+# is worth what the third is, so the greedy stays exact but for one left over.
+def choose(k, weight):
+    def rule(p, budget, rng):
+        i = rng.permutation(len(p))[:k]
+        q, n = p[i], np.arange(2, ANSWERS - TOLD)[:, None]
+        gains = weight(q) * np.vstack([np.tile(q * (1 - q), (2, 1)), q**n * (1 - q) + (1 - q) ** n * q])
+        counts = np.bincount(np.argsort(-gains.ravel(), kind="stable")[:budget] % len(q), minlength=len(q))
+        counts[counts == 1] = 0
+        return i[counts > 0], counts[counts > 0]
+
+    return rule
+
+
+# The m problems of largest p q, the same number each.
+def uncertain(m):
+    def rule(p, budget, rng):
+        i = np.argsort(-(p * (1 - p) + 1e-6 * rng.random(len(p))))[:m]  # of equal ones a random one
+        return i, knapsack.uniform(m, budget)
+
+    return rule
+
+
+def p_mixed(n, p):
+    return knapsack.prob_nonzero_gradient(n, p)
+
+
+def ones(p):
+    return np.ones_like(p)
+
+
+RULES = {
+    "uniform, 16 each": uniform(16),
+    "uniform": uniform(8),
+    "uniform, 4 each": uniform(4),
+    "uniform, 2 each": uniform(2),
+    "knapsack": inside(),
+    "knapsack without InfoGain": inside(p_mixed),
+    "choice among 256": choose(256, knapsack.info_gain),
+    "choice among all": choose(10**6, knapsack.info_gain),
+    "choice among all without InfoGain": choose(10**6, ones),
+    "the 64 most uncertain": uncertain(64),
+}
+# With 203 rollouts, 64 prompts get 3.2 each: that is uniform there.
+FEW = {
+    "uniform, 16 each": None,
+    "uniform, 4 each": None,
+    "uniform": uniform(203 / 64),
+    "uniform, 8 each": uniform(8),
+}
+
+
+# What is learned from a batch: advantages (R,), by the two parts of a loss that allocation touches. With the
+# token mean a prompt weighs as much as it has rollouts; with a mean over each prompt they all weigh the same.
+def advantages(rewards, group, kind, mean_of):
+    A = grpo.group_advantages(rewards, group, kind=kind)
+    n = np.bincount(group)[group]  # (R,)
+    return A if mean_of == "tokens" else A * len(A) / len(np.unique(group)) / n
+
+
+LOSSES = [(kind, of) for of in ("tokens", "each prompt") for kind in ("scaled", "centred")]
+
+
+# ---- Gradients -------------------------------------------------------------------------------------------
+def gradient(model, rollouts, A) -> np.ndarray:
+    """(parameters,) of the mean over tokens of A log p. Silent rollouts cost nothing."""
+    import torch
+
+    model.zero_grad(set_to_none=True)
+    live, tokens = np.flatnonzero(A), sum(len(r.response_ids) for r in rollouts)
+    for rows in grpo.microbatches(rollouts, live, 16384) if len(live) else ():
+        logp = grpo.token_logprobs(model, [rollouts[i] for i in rows])
+        weight = np.concatenate([np.full(len(rollouts[i].response_ids), A[i]) for i in rows])
+        ((torch.tensor(weight, dtype=torch.float32) * logp).sum() / tokens).backward()
+    flat = [(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten() for p in model.parameters()]
+    return torch.cat(flat).numpy()
+
+
+# ANSWERS to each task: rollouts and rewards, a list and an array (tasks, ANSWERS).
+def answered(sampler, judge, prompts, tasks, seed):
+    rollouts, right = [], []
+    for k in range(0, len(tasks), 64):
+        few = tasks[k : k + 64]
+        got, drawn = evaluate.evaluate(sampler, few, prompts, judge, ANSWERS, seed + k)[::-1]
+        rollouts += [got[i * ANSWERS : (i + 1) * ANSWERS] for i in range(len(few))]
+        right.append(drawn)
+    return rollouts, np.concatenate(right)
+
+
+# The gradient of mean held-out success: each answer against the mean of the other ones.
+def true_gradient(model, rollouts, right) -> np.ndarray:
+    total = 0
+    for k in range(0, len(rollouts), 32):
+        some = [dataclasses.replace(r, group=g) for g, of in enumerate(rollouts[k : k + 32]) for r in of]
+        group = np.array([r.group for r in some])
+        A = grpo.group_advantages(right[k : k + 32].ravel(), group, clip=1e9, kind="leave-one-out")
+        tokens = sum(len(r.response_ids) for r in some)
+        total = total + gradient(model, some, A) * tokens / right.size
+    return total
+
+
+# What BATCHES gradients (their inner products with the true one, their squared lengths, their sum) say.
+def numbers(along, squared, total, truth) -> dict:
+    along, squared, n = np.array(along), np.array(squared), len(along)
+    length = float(np.linalg.norm(truth))
+
+    def cosine(some):
+        return along[some].mean() / length / squared[some].mean() ** 0.5
+
+    each = np.arange(n)
+    left_out = np.array([cosine(each != i) for i in each])
+    signal = max((total @ total - squared.sum()) / (n * (n - 1)), 1e-30)  # |mean|^2 without its noise
+    found = {"cosine": cosine(each), "se": ((n - 1) * left_out.var()) ** 0.5}
+    found |= {"direction": along.mean() / length / signal**0.5}
+    found |= {"signal": signal / max(squared.mean() - signal, 1e-30), "length": squared.mean() ** 0.5}
+    return {k: float(x) for k, x in found.items()}
+
+
+def look(bed: str, budget: int, steps: int, work: Path) -> list[dict]:
+    """All rows of one model: each rule with GRPO's loss, and two of them with the other losses."""
+    from tqdm import tqdm
+
+    where_it_pays.share_keys()
+    limits = where_it_pays.TOKENS[bed]
+    tasks = where_it_pays.tasks_of(bed, work)
+    path = "tiny"
+    if steps:
+        folder = work / f"{bed}-{budget}-{steps}"
+        path = str(folder / "final")
+        if not Path(path).exists():
+            words = f"--tasks {tasks} --allocator uniform --budget {budget} --steps {steps} --lr 2e-4 "
+            words += f"--out {folder} --eval-every {steps} --held-out 256 "
+            words += "--max-new-tokens {} --max-prompt-tokens {}".format(*limits)
+            train.main(words.split())
+    training, held_out = reward.split_held_out(reward.load_tasks(tasks), 256)
+    model, tokenizer = rollout.load_model(rollout.resolve_model(path))
+    prompts = rollout.encode_tasks(tokenizer, training + held_out)
+    sampler = rollout.HFSampler(model, tokenizer, limits[0])
+    with evaluate.judge_of("", "") as judge:
+        truth = true_gradient(model, *answered(sampler, judge, prompts, held_out, 70_000))
+        pool, right = answered(sampler, judge, prompts, training, 9_000)
+    p = (right[:, :TOLD].sum(1) + 0.25) / (TOLD + 0.5)  # (N,)
+    rules = RULES if budget == 512 else {k: r for k, r in (RULES | FEW).items() if r}
+    looks = [(name, "scaled", "tokens") for name in rules]
+    looks += [(name, *loss) for name in ("uniform", "knapsack", "choice among all") for loss in LOSSES[1:]]
+    found = []
+    for name, kind, of in tqdm(looks, f"{bed}, {budget}, step {steps}"):
+        along, squared, live, total = [], [], [], 0
+        for batch in range(BATCHES):
+            rng = np.random.default_rng([batch, 5])  # the same problems, as far as that goes
+            chosen, counts = rules[name](p, budget, rng)
+            drawn, rewards = [], []
+            for g, (i, n) in enumerate(zip(chosen, counts, strict=True)):
+                which = TOLD + rng.permutation(ANSWERS - TOLD)[:n]
+                drawn += [dataclasses.replace(pool[i][j], group=g) for j in which]
+                rewards += list(right[i, which])
+            A = advantages(np.array(rewards), np.array([r.group for r in drawn]), kind, of)
+            grad = gradient(model, drawn, A)
+            along.append(grad @ truth)
+            squared.append(grad @ grad)
+            live.append((A != 0).mean())
+            total = total + grad
+        row = {"bed": bed, "budget": budget, "steps": steps, "rule": name, "kind": kind, "mean_of": of}
+        row |= numbers(along, squared, total, truth) | {
+            "live": float(np.mean(live)),
+            "p": float(right.mean()),
+        }
+        found.append(
+            {k: round(x, 4) if isinstance(x, float) and k != "length" else x for k, x in row.items()}
+        )
+    return found
+
+
+def load(**wanted) -> list[dict]:
+    rows = evaluate.each_row(RESULTS) if RESULTS.exists() else ()
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
+# ---- What comes out --------------------------------------------------------------------------------------
+def table(beds=BEDS) -> str:
+    """Markdown: a row a rule, a column a model: cosine ± standard error."""
+    beds = [b for b in beds if load(bed=b[0], budget=b[1], steps=b[2])]
+    plain = {"kind": "scaled", "mean_of": "tokens"}
+    of = [{r["rule"]: r for r in load(bed=b, budget=n, steps=s, **plain)} for b, n, s in beds]
+    heads = [
+        f"{b}, step {s} (p {next(iter(rows.values()))['p']:.2f})"
+        for (b, _, s), rows in zip(beds, of, strict=True)
+    ]
+    lines = ["| who gets rollouts | " + " | ".join(heads) + " |", "|" + " --- |" * (len(beds) + 1)]
+    for name in dict.fromkeys(name for rows in of for name in rows):
+        found = [rows.get(name) for rows in of]
+        cells = [f"{r['cosine']:.2f} ± {r['se']:.2f}" if r else "" for r in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def details(bed: str, budget: int, steps: int) -> str:
+    """Markdown: of one model, where each rule's gradient points and how long it is."""
+    rows = load(bed=bed, budget=budget, steps=steps, kind="scaled", mean_of="tokens")
+    (base,) = (r["length"] for r in rows if r["rule"] == "uniform")
+    head = f"{bed}, {budget} a step, step {steps}"
+    lines = [f"| {head} | live | cosine | direction | signal / noise | length |", "|" + " --- |" * 6]
+    for r in rows:
+        cells = [f"{r['live']:.2f}", f"{r['cosine']:.2f} ± {r['se']:.2f}", f"{r['direction']:.2f}"]
+        cells += [f"{r['signal']:.2f}", f"{r['length'] / base:.2f}"]
+        lines.append(f"| {r['rule']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def losses_table(beds=BEDS) -> str:
+    """Markdown: the 2 x 2 of what is averaged and whether it is scaled."""
+    beds = [b for b in beds if load(bed=b[0], budget=b[1], steps=b[2])]
+    heads = [f"{b}, {n}, step {s}" for b, n, s in beds]
+    lines = ["| who | advantages | mean over | " + " | ".join(heads) + " |", "|" + " --- |" * (len(beds) + 3)]
+    for name in ("uniform", "knapsack", "choice among all"):
+        for kind, of in LOSSES:
+            found = [load(bed=b, budget=n, steps=s, rule=name, kind=kind, mean_of=of)[0] for b, n, s in beds]
+            cells = [f"{r['cosine']:.2f} ± {r['se']:.2f}" for r in found]
+            lines.append(f"| {name} | {kind} | {of} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument(
+        "--beds", nargs="+", type=int, default=range(len(BEDS)), help="which lines of BEDS [all]"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/microscope"), help="for run folders [%(default)s]"
+    )
+    args = parser.parse_args()
+    if args.what == "run":
+        import torch
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        for bed in (BEDS[i] for i in args.beds):
+            if not load(bed=bed[0], budget=bed[1], steps=bed[2]):
+                rows = look(*bed, args.work)
+                with RESULTS.open("a") as file:  # all rows of a model, or none
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+    print(table(), losses_table(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
