@@ -68,7 +68,8 @@ def test_fitted_follows_a_model_that_learns():
 def test_changed_posteriors():
     """Catches: a variant that is the default under another name; one that forgets the shift."""
     base, ids = knapsack.SuccessTracker(), ["a", "b", "new"]
-    estimates.ByLength.lengths = {"a": 13, "b": 30, "new": 25}
+    known = {i: np.array([1, x, x**2]) for i, x in {"a": 0.65, "b": 1.5, "new": 1.25}.items()}
+    estimates.ByLength.features = known
     kinds = [estimates.Window(), estimates.Aging(), estimates.DiscountFirst(), estimates.ByLength()]
     for step in range(6):
         for tracker in (base, *kinds):

@@ -98,18 +98,18 @@ class Fitted(SuccessTracker):
         super().update(ids, successes, trials)  # whose own drift is 0
 
 
-class ByLength(SuccessTracker):
-    """The prior's mean depends on the prompt's length: a logistic regression on all that was seen."""
+class ByFeatures(SuccessTracker):
+    """The prior's mean depends on the prompt: a logistic regression on all that was seen, with a ridge."""
 
-    lengths = None  # {id: characters}
-    weights = np.zeros(3)
+    features = None  # {id: (F,)}
+    ridge = 0.1
 
-    def features(self, ids):
-        x = np.array([self.lengths[i] for i in ids]) / 20
-        return np.stack([np.ones_like(x), x, x**2], axis=1)  # (M, 3)
+    def rows(self, ids):
+        return np.array([self.features[i] for i in ids])  # (M, F)
 
     def posterior(self, ids):
-        odds = np.clip(self.features(ids) @ self.weights, -30, 30)
+        x = self.rows(ids)
+        odds = np.clip(x @ getattr(self, "weights", np.zeros(x.shape[1])), -30, 30)
         s, t = self._seen[self._rows(ids), 0].T
         total = sum(self.prior())
         p = 1 / (1 + np.exp(-odds))
@@ -117,12 +117,42 @@ class ByLength(SuccessTracker):
 
     def update(self, ids, successes, trials):
         super().update(ids, successes, trials)
-        x, (s, t) = self.features(self._row), self._seen[:-1, 0].T
-        for _ in range(5):  # Newton's steps, with a ridge
-            p = 1 / (1 + np.exp(np.clip(-x @ self.weights, -30, 30)))
-            slope = x.T @ (s - t * p) - 0.1 * self.weights
-            curvature = (x.T * (t * p * (1 - p))) @ x + 0.1 * np.eye(3)
-            self.weights = self.weights + np.linalg.solve(curvature, slope)
+        x, (s, t) = self.rows(self._row), self._seen[:-1, 0].T
+        w = getattr(self, "weights", np.zeros(x.shape[1]))
+        for _ in range(5):  # Newton's steps
+            p = 1 / (1 + np.exp(np.clip(-x @ w, -30, 30)))
+            slope = x.T @ (s - t * p) - self.ridge * w
+            curvature = (x.T * (t * p * (1 - p))) @ x + self.ridge * np.eye(len(w))
+            w = w + np.linalg.solve(curvature, slope)
+        self.weights = w
+
+
+class ByLength(ByFeatures):
+    """The prompt's length, and its square."""
+
+
+class ByHidden(ByFeatures):
+    """The mean hidden state of the prompt's tokens in the untrained model, each number standardised."""
+
+    ridge = 10.0
+
+
+# What the two know of the embedded model's problems.
+def features() -> tuple[dict, dict]:
+    import torch
+
+    import rollout
+
+    tasks = reward.load_tasks("arithmetic")
+    model, tokenizer = rollout.load_model(rollout.resolve_model("tiny"))
+    with torch.no_grad():
+        ids = [torch.tensor([x]) for x in rollout.encode_tasks(tokenizer, tasks).values()]
+        states = [model.model(x).last_hidden_state[0].mean(0).numpy() for x in ids]
+    hidden = (np.array(states) - np.mean(states, 0)) / np.std(states, 0)
+    lengths = np.array([len(t.prompt) for t in tasks]) / 20
+    ones = np.ones((len(tasks), 1))
+    both = np.stack([lengths, lengths**2], axis=1), hidden
+    return tuple(dict(zip([t.id for t in tasks], np.hstack([ones, x]), strict=True)) for x in both)
 
 
 DEFAULT = "default: discount .75, prior 1, drift .3"
@@ -146,6 +176,7 @@ ESTIMATORS = {
     "discount first": lambda: DiscountFirst(0.75, 1, 0.3),
     "discount first, .5": lambda: DiscountFirst(0.5, 1, 0.3),
     "prior by length": lambda: ByLength(0.75, 1, 0.3),
+    "prior by hidden state": lambda: ByHidden(0.75, 1, 0.3),
 }
 
 
@@ -214,15 +245,15 @@ def main() -> None:
     records |= {path.name.removesuffix(".groups.jsonl"): of_run(path) for path in args.groups}
     if args.traces:
         records["Qwen2.5-Math-1.5B"] = of_traces(args.traces)
-    ByLength.lengths = {task.id: len(task.prompt) for task in reward.load_tasks("arithmetic")}
+    ByLength.features, ByHidden.features = features()
     result = {}
     for record, steps in records.items():
         base = replay(SuccessTracker(), steps)
-        known = {i for ids, _, _ in steps for i in ids} <= set(ByLength.lengths)
+        known = {i for ids, _, _ in steps for i in ids} <= set(ByLength.features)
         result[record] = {"rollouts": int(base[:, 1].sum())}
         print(f"{record}: {result[record]['rollouts']:,} rollouts of prompts seen before")
         for name, make in ESTIMATORS.items():
-            if make is not ESTIMATORS["prior by length"] or known:
+            if known or not name.startswith("prior by"):
                 row = result[record][name] = compare(replay(make(), steps), base)
                 print(f"  {name:42} {row['score']:.4f}  {row['minus_default']:+.4f} ± {row['se']:.4f}")
     (HERE / "results" / "estimates.json").write_text(json.dumps(result, indent=1) + "\n")
