@@ -93,16 +93,6 @@ def load_config(path: str, trust_remote_code: bool = False) -> tuple:
         return config, AutoTokenizer.from_pretrained(path, **more)
 
 
-def parameter_sizes(config, trust_remote_code: bool = False) -> list[int]:
-    """The numbers in each parameter of such a model, from its config: no weights are loaded."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return [p.numel() for p in model.parameters()]  # tied ones count once
-
-
 def load_model(path: str, trust_remote_code: bool = False) -> tuple:
     """(model, tokenizer), in float32, on the CPU. ValueError in one line if it fails."""
     import torch

@@ -36,7 +36,6 @@ import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -737,7 +736,10 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
     # A checkpoint holds the whole model: the one that the run began with is not needed any more.
     path = str(checkpoint or rollout.resolve_model(c.model))
     if rollout.device() == "cuda" and c.model != "tiny":
-        report_memory(c, engine, path, *torch.cuda.mem_get_info())
+        # By arithmetic, and before the weights are loaded: does it fit, and which flags would help?
+        from tutorial.gpu_memory import report
+
+        report(c, engine, path, *torch.cuda.mem_get_info())
     model, tokenizer = rollout.load_model(path, c.trust_remote_code)
     words = (c.instruction, c.chat, json.loads(c.chat_template_kwargs))
     prompts = rollout.encode_tasks(tokenizer, train_tasks + held_out, *words)
@@ -825,78 +827,6 @@ def check_model(c: Config, out: Path, model, prompts: list) -> int:
     free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*"))
     need(free >= size, f"--out {out}: the run needs {size / 1e9:.2g} GB of disk: make room there first")
     return longest
-
-
-# ---- What a GPU must hold -----------------------------------------------------------------------------
-# {phase: {what: bytes}} on a GPU of `card` bytes, from a model's config (its text part) and the numbers in
-# each of its parameters. It is arithmetic: tests/test_memory.py counts its parts on a CPU, nobody on a card.
-def memory_needs(c: Config, engine: str, text, sizes: list, card: float) -> dict[str, dict]:
-    def of(name: str, otherwise=1) -> int:  # not every config has every name
-        return getattr(text, name, None) or otherwise
-
-    n, V, H, layers = sum(sizes), of("vocab_size"), of("hidden_size"), of("num_hidden_layers")
-    heads, inner = of("num_attention_heads"), of("intermediate_size", 4 * H)
-    keys = of("num_key_value_heads", heads) * of("head_dim", H // heads)  # numbers a token and layer
-    cached = 4 * layers * keys  # bytes a token: keys and values in bfloat16
-    longest, copies = c.max_prompt_tokens + c.max_new_tokens, {"bfloat16 copies": 2 * n}
-    # In 8 bits, 256 numbers share a float32 scale, and each moment has a table of 1 KiB; the moments of
-    # small parameters stay in float32.
-    eight = sum(2 * (s + s // 64 + 1024) if s >= 4096 and s % 256 == 0 else 8 * s for s in sizes)
-    always = {"weights": 4 * n, "moments": 8 * n if c.optimizer == "adamw" else eight}
-    learning = always | {"gradients": 4 * n}
-    if engine == "vllm":  # its weights, 16 of the longest rows, and what it works with
-        least = 2 * n + 16 * longest * cached + 2e9
-        sampling = {"the engine's share": max(c.gpu_memory * card, least)}
-    else:  # a batch of rows, and five float32 arrays of its logits
-        batch = rollout.HFSampler.tokens_in_flight
-        sampling = copies | {
-            "keys and values": cached * batch,
-            "logits": 20 * V * (batch // c.max_new_tokens),
-        }
-    # Autograd keeps, a token: the inputs and outputs of two norms in float32, and in bfloat16 what enters
-    # each product and leaves attention and the MLP. Recomputed, only a layer's input, and one layer in full.
-    layer = 30 * H + 4 * keys + 8 * inner
-    kept = layers * (4 * H if c.checkpointing else layer) + layer
-    logits = min(2**28, V * max(c.tokens_per_microbatch, c.max_new_tokens))  # 2**28: grpo's chunk
-    passes = copies | {"activations": max(c.tokens_per_microbatch, longest) * kept}
-    passes |= {"logits": 8 * logits + 4 * V * H}  # two float32 arrays, and the head's gradient once more
-    # AdamW takes its step on all parameters at once, with an array of their size; in 8 bits one by one.
-    step = {"the step's array": 4 * n if c.optimizer == "adamw" else 0}
-    return {"sampling": always | sampling, "update": learning | passes, "step": learning | step}
-
-
-# These settings, or those nearest to them that fit into `free` bytes but for one GB; None if none do.
-def settings_that_fit(c: Config, engine: str, text, sizes: list, card: float, free: float) -> Config | None:
-    optimizers, recomputed = {c.optimizer: 0, "adamw8bit": 0}, {c.checkpointing: 0, True: 0}
-    for optimizer, checkpointing, k, share in product(optimizers, recomputed, (1, 2, 4, 8), (1, 0.75, 0.5)):
-        changes = {"optimizer": optimizer, "checkpointing": checkpointing}
-        changes |= {"tokens_per_microbatch": -(-c.tokens_per_microbatch // k)}
-        tried = dataclasses.replace(c, **changes, gpu_memory=round(c.gpu_memory * share, 2))
-        needs = memory_needs(tried, engine, text, sizes, card)
-        if max(sum(parts.values()) for parts in needs.values()) <= free - 1e9:
-            return tried
-    return None
-
-
-# The flags that make `fit` out of `c`.
-def other_flags(c: Config, fit: Config) -> str:
-    changed = {k: v for k, v in asdict(fit).items() if v != getattr(c, k)}
-    return " ".join(flag(k) if v is True else f"{flag(k)} {v}" for k, v in changed.items())
-
-
-# Printed before a model is loaded onto a GPU; it is arithmetic, so it warns and stops nothing.
-def report_memory(c: Config, engine: str, path: str, free: float, card: float) -> None:
-    config, _ = rollout.load_config(path, c.trust_remote_code)
-    model = config.get_text_config(decoder=True), rollout.parameter_sizes(config, c.trust_remote_code)
-    print(f"memory by arithmetic, in GB; the GPU has {free / 1e9:.1f} free of {card / 1e9:.1f}:")
-    for phase, parts in memory_needs(c, engine, *model, card).items():
-        listed = " + ".join(f"{what} {size / 1e9:.1f}" for what, size in parts.items())
-        print(f"  {phase:8} {sum(parts.values()) / 1e9:5.1f} = {listed}")
-    fit = settings_that_fit(c, engine, *model, card, free)
-    if fit is None:
-        print("warning: this model does not fit this GPU, whatever the flags: take a smaller one")
-    elif fit != c:
-        print(f"warning: this may not fit; what would: {other_flags(c, fit)}")
 
 
 # ---- The entry point ----------------------------------------------------------------------------------

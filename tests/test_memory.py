@@ -1,5 +1,6 @@
-"""What train.py says a GPU must hold, against real tensors on a CPU, and against the README's table."""
+"""What tutorial/gpu_memory.py says a GPU must hold: against real tensors on a CPU, and the README's table."""
 
+import sys
 import weakref
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-import grpo
-import rollout
-import train
-from rollout import HFSampler, Rollout
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tutorial"))
+import gpu_memory  # noqa: E402
+
+import grpo  # noqa: E402
+import rollout  # noqa: E402
+import train  # noqa: E402
+from rollout import HFSampler, Rollout  # noqa: E402
+
 SMALL = dict(vocab_size=600, hidden_size=128, intermediate_size=448, num_hidden_layers=4)
 SMALL |= dict(num_attention_heads=4, num_key_value_heads=2)
 QWEN = {  # Qwen2.5's config.json: hidden size, layers, heads, inner size
@@ -32,7 +36,7 @@ def made(family: str, **shape):
 
 
 def needs(c: train.Config, config, engine="hf", card=80e9):
-    return train.memory_needs(c, engine, config, rollout.parameter_sizes(config), card)
+    return gpu_memory.memory_needs(c, engine, config, gpu_memory.parameter_sizes(config), card)
 
 
 def large(**changes) -> train.Config:
@@ -45,7 +49,7 @@ def large(**changes) -> train.Config:
 def test_parameters_are_counted_without_weights(family, tied):
     """Catches: tied weights counted twice, a parameter that only a loaded model has."""
     config, model = made(family, tie_word_embeddings=tied)
-    assert rollout.parameter_sizes(config) == [p.numel() for p in model.parameters()]
+    assert gpu_memory.parameter_sizes(config) == [p.numel() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
@@ -174,14 +178,14 @@ def test_the_readme():
     readme = (ROOT / "README.md").read_text()
     for name in QWEN:
         config, c, cells = qwen(name), large(), [name]
-        sizes = rollout.parameter_sizes(config)
+        sizes = gpu_memory.parameter_sizes(config)
         for card in (80e9, 48e9, 24e9, 16e9):
-            fit = train.settings_that_fit(c, "vllm", config, sizes, card, card)
-            flags = "does not fit" if fit is None else train.other_flags(c, fit)
+            fit = gpu_memory.settings_that_fit(c, "vllm", config, sizes, card, card)
+            flags = "does not fit" if fit is None else gpu_memory.other_flags(c, fit)
             cells.append(flags if fit is None or not flags else f"`{flags}`")
             if (name, card) == ("1.5B", 24e9):
                 assert f"python train.py --model Qwen2.5-Math-1.5B {flags}\n" in readme
-                small = train.memory_needs(fit, "vllm", config, sizes, card)
+                small = gpu_memory.memory_needs(fit, "vllm", config, sizes, card)
         line = "| " + " | ".join(cell or "as it is" for cell in cells) + " |"
         assert line in readme, line
     totals = [f"{sum(parts.values()) / 1e9:.1f}" for parts in small.values()]
@@ -193,14 +197,40 @@ def test_the_readme():
 def test_what_is_printed(capsys, loaded):
     """Catches: a warning whose flags are no flags, or do not help."""
     c, path = large(model=str(rollout.TINY), tasks="arithmetic"), str(rollout.TINY)
-    train.report_memory(c, "hf", path, 80e9, 80e9)
+    gpu_memory.report(c, "hf", path, 80e9, 80e9)
     said = capsys.readouterr().out
     assert "80.0 free of 80.0" in said and "update" in said and "warning" not in said
-    train.report_memory(c, "hf", path, 1.2e9, 80e9)
+    gpu_memory.report(c, "hf", path, 1.2e9, 80e9)
     said = capsys.readouterr().out
     flags = said.split("what would: ")[1].split()
     again = train.settings(train.parse_args(["--model", path, "--tasks", "arithmetic", *flags])[0])
-    train.report_memory(again, "hf", path, 1.2e9, 80e9)
+    gpu_memory.report(again, "hf", path, 1.2e9, 80e9)
     assert flags and "warning" not in capsys.readouterr().out
-    train.report_memory(c, "hf", path, 1e9, 80e9)
+    gpu_memory.report(c, "hf", path, 1e9, 80e9)
     assert "does not fit this GPU" in capsys.readouterr().out
+
+
+def test_the_command(monkeypatch, capsys):
+    """Catches: flags of train.py's that it does not take; a card that is not asked for; a traceback."""
+    words = "gpu_memory.py --model tiny --max-new-tokens 99 --card 0.5 --optimizer adamw8bit"
+    monkeypatch.setattr(sys, "argv", words.split())
+    gpu_memory.main()
+    assert "the GPU has 0.5 free of 0.5" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", "gpu_memory.py --model no-such-model".split())
+    with pytest.raises(SystemExit, match="error: --model no-such-model: not tiny"):
+        gpu_memory.main()
+
+
+def test_train_prints_it(monkeypatch, capsys, tmp_path):
+    """Where there is a GPU and before weights are loaded. Catches: a training run that does not find it."""
+    monkeypatch.setattr(rollout, "device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1e9, 2e9))
+
+    def no_weights(*_):
+        raise ValueError("so far, so good")
+
+    monkeypatch.setattr(rollout, "load_model", no_weights)
+    words = ["--model", str(rollout.TINY), "--tasks", "arithmetic", "--limit", "64", "--engine", "hf"]
+    with pytest.raises(SystemExit, match="so far, so good"):
+        train.main([*words, "--out", str(tmp_path / "run")])
+    assert "the GPU has 1.0 free of 2.0" in capsys.readouterr().out
