@@ -289,13 +289,15 @@ def rates_table(rules, bed: str, budget: int) -> str:
     return "\n".join(lines)
 
 
+# Two-sided, of differences (seeds,), by Student's t.
+def p_of(d: np.ndarray) -> float:
+    return student_p(d.mean() / (np.std(d, ddof=1) / np.sqrt(len(d))), len(d) - 1)
+
+
 def corrected_table(rules, base="uniform", measures=("pass1", "way", "pass16"), **cell) -> str:
     """Markdown: differences with 95% intervals (Student's t), p, and p after Holm over the whole table."""
     found = {(rule, m): differences(rule, m, base, **cell) for rule in rules for m in measures}
-    p = []
-    for d in found.values():
-        se = np.std(d, ddof=1) / np.sqrt(len(d))
-        p.append(student_p(d.mean() / se, len(d) - 1))
+    p = [p_of(d) for d in found.values()]
     p = {key: both for key, *both in zip(found, p, holm(p), strict=True)}
     lines = [f"| minus {base} | seeds | " + " | ".join(f"{m} | p | p, Holm" for m in measures) + " |"]
     lines.append("|" + " --- |" * (2 + 3 * len(measures)))
@@ -327,6 +329,27 @@ def cells(bed: str, rule="knapsack", measure="pass1", seeds=3) -> dict[int, np.n
     budgets = sorted({r["budget"] for r in load(bed=bed, **USUAL)})
     found = {n: differences(rule, measure, bed=bed, budget=n) for n in budgets}
     return {n: d for n, d in found.items() if len(d) >= seeds}
+
+
+def map_table(rule="knapsack") -> str:
+    """Markdown: a row a cell, rule - uniform and its 95% interval; verdicts after Holm over the map."""
+    found = {
+        (bed, n, m): d for m in ("pass1", "way") for bed in LONGEST for n, d in cells(bed, rule, m).items()
+    }
+    p = dict(zip(found, holm([p_of(d) for d in found.values()]), strict=True))
+    lines = ["| bed | rollouts a prompt | seeds | uniform silent | uniform ends | final | on the way |"]
+    lines.append("|" + " --- |" * 7)
+    for bed, n, _ in [key for key in found if key[2] == "pass1"]:
+        end = np.mean([r["pass1"] for r in runs("uniform", bed=bed, budget=n)])
+        line = [bed, f"{n / USUAL['prompts']:.1f}", f"{len(found[bed, n, 'way'])}"]
+        line += [f"{silent_share(bed, n):.2f}", f"{end:.3f}"]
+        for m in ("pass1", "way"):
+            d = found[bed, n, m]
+            sure = p[bed, n, m] < 0.05
+            said = "tie" if not sure else "win" if d.mean() > 0 else "loss"
+            line.append(f"{d.mean():+.3f} ± {evidence.half_width(d):.3f} {said}")
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
 
 
 def draw(path: Path) -> None:
