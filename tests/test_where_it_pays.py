@@ -171,12 +171,14 @@ def test_tables(recorded):
     assert text.count("\n") == 3 and "| spo | 8 | +0.0" in text
     ps = []
     for rule in ("spo", "mapo"):
-        for measure in ("pass1", "way", "pass16"):
+        for measure in ("pass1", "way", "pass4", "pass16"):
             of = where_it_pays.differences(rule, measure, **cell)
             ps.append(report.student_p(of.mean() / (of.std(ddof=1) / len(of) ** 0.5), len(of) - 1))
     assert f"| {ps[0]:.4f} | {report.holm(ps)[0]:.4f} |" in text
     assert "| uniform | 8 | 20,300 | 0.40 | 0.30 |" in where_it_pays.table(("uniform", "spo"), **cell)
     assert where_it_pays.score(rows[0], "late") == pytest.approx(rows[0]["pass1"] * 0.8)
+    other = where_it_pays.differences("uniform", base="spo", base_at={"prompts": 32}, **cell)
+    assert other == pytest.approx([rows[0]["pass1"] - 0.1])  # seed 0 alone has such a run
     reached = where_it_pays.when_reached("spo", **cell)
     assert 0.9 < reached < 1 and np.isnan(where_it_pays.when_reached("uniform", "spo", **cell))
 

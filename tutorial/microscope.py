@@ -4,16 +4,21 @@
     python tutorial/microscope.py table
 
 The true gradient, that of mean success on problems of the bed's kind, comes from 2,048 that are not trained
-on, 16 answers each. (Few problems with more answers would not do: most of the noise is which problems they
-are.) Each training problem is answered 96 times: 32 of the answers tell the rules its p, so that no estimate
-is to blame, and batches are drawn from the other 64. A batch's gradient has a part along the true one, and
-noise. A row of results/microscope.jsonl says of 32 batches:
+on, 8 answers each. (Few problems with more answers would not do: most of the noise is which problems they
+are.) Each training problem is answered 64 times: 24 of the answers tell the rules its p, so that no estimate
+is to blame, and batches are drawn from the other 40. A batch's gradient has a part along the true one, and
+noise. A row of results/microscope.jsonl holds:
 
-    cosine     of a batch's gradient with the true one, and its standard error (jackknife)
-    direction  the cosine of their mean, noise taken out: where the rule pulls if batches are large
+    cosine     of a batch's gradient with the true one: the mean part along it, of 2,000 batches, over the
+               root mean square length, of 32; and its standard error
+    direction  the cosine of the mean of the 32, noise taken out: where the rule pulls if batches are large
     signal     the squared length of that mean over that of the noise of one batch
     length     of a batch's gradient, as a multiple of uniform's
     live       the share of rollouts in mixed groups
+    truth      the cosine of the true gradient's two halves: how well it is known itself
+
+The part along the true gradient needs no gradient. Each answer's share of it is the slope of its log-prob as
+the weights move that way, by finite differences; a batch's is a sum of those, weighted by the advantages.
 """
 
 import argparse
@@ -37,8 +42,8 @@ import rollout  # noqa: E402
 import train  # noqa: E402
 
 RESULTS = HERE / "results" / "microscope.jsonl"
-ANSWERS, TOLD, BATCHES = 96, 32, 32
-FRESH, EACH = 2048, 16  # problems and answers of the true gradient
+ANSWERS, TOLD, BATCHES, MANY = 64, 24, 32, 2000
+FRESH, EACH = 2048, 8  # problems and answers of the true gradient
 # Bed, rollouts a step, and how many steps of uniform the model has had.
 BEDS = [("sums", 512, 0), ("sums", 512, 100), ("long", 203, 0), ("long", 203, 100), ("sums", 512, 20)]
 
@@ -56,7 +61,7 @@ def uniform(each):
 def inside(value=None):
     def rule(p, budget, rng):
         i = rng.permutation(len(p))[:64]
-        return i, knapsack.allocate(p[i], budget, 2, ANSWERS - TOLD, value)
+        return i, knapsack.allocate(p[i], budget, 2, ANSWERS - TOLD, value)  # as many as there are
 
     return rule
 
@@ -162,22 +167,40 @@ def true_gradient(model, rollouts, right) -> np.ndarray:
     return total
 
 
-# What BATCHES gradients (their inner products with the true one, their squared lengths, their sum) say.
-def numbers(along, squared, total, truth) -> dict:
-    along, squared, n = np.array(along), np.array(squared), len(along)
-    length = float(np.linalg.norm(truth))
+def slopes(model, rollouts, truth: np.ndarray, step=1e-3) -> np.ndarray:
+    """(R,) how fast the log-prob of each whole response rises as the weights move along truth / |truth|."""
+    import torch
 
-    def cosine(some):
-        return along[some].mean() / length / squared[some].mean() ** 0.5
+    way = torch.from_numpy(truth / np.linalg.norm(truth))
+    parts = way.split([p.numel() for p in model.parameters()])
+    found = np.zeros(len(rollouts))
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), parts, strict=True):
+                p += sign * step * d.view_as(p)
+            for rows in grpo.microbatches(rollouts, np.arange(len(rollouts)), 2**16):
+                some = [rollouts[i] for i in rows]
+                logp = grpo.token_logprobs(model, some).double().numpy()
+                ends = np.cumsum([len(r.response_ids) for r in some])[:-1]
+                found[rows] += sign * np.array([x.sum() for x in np.split(logp, ends)])
+            for p, d in zip(model.parameters(), parts, strict=True):
+                p -= sign * step * d.view_as(p)
+    return found / (2 * step)
 
-    each = np.arange(n)
-    left_out = np.array([cosine(each != i) for i in each])
+
+# Of the parts along the true direction (many batches), and of BATCHES gradients: their parts, squared lengths
+# and sum.
+def numbers(many, along, squared, total) -> dict:
+    many, along, squared, n = np.array(many), np.array(along), np.array(squared), len(along)
+    length = squared.mean() ** 0.5
     signal = (total @ total - squared.sum()) / (n * (n - 1))  # |mean|^2 without its noise
-    found = {"cosine": cosine(each), "se": ((n - 1) * left_out.var()) ** 0.5}
+    cosine, error = many.mean() / length, many.std(ddof=1) / len(many) ** 0.5 / length
+    # The length's own relative error is half that of its square.
+    error = np.hypot(error, cosine * squared.std(ddof=1) / n**0.5 / squared.mean() / 2)
     # Noise can hide a mean altogether: then it has no direction that could be told.
-    seen = signal > 0.01 * squared.mean()
-    found |= {"direction": along.mean() / length / signal**0.5 if seen else None}
-    found |= {"signal": signal / (squared.mean() - signal), "length": squared.mean() ** 0.5}
+    seen = signal > 0.05 * squared.mean()
+    found = {"cosine": cosine, "se": error, "direction": many.mean() / signal**0.5 if seen else None}
+    found |= {"signal": signal / (squared.mean() - signal), "length": length}
     return {k: x if x is None else float(x) for k, x in found.items()}
 
 
@@ -204,34 +227,45 @@ def look(bed: str, budget: int, steps: int, work: Path) -> list[dict]:
     prompts = rollout.encode_tasks(tokenizer, training + fresh)
     sampler = rollout.HFSampler(model, tokenizer, limits[0])
     with evaluate.judge_of("", "") as judge:
-        truth = true_gradient(model, *answered(sampler, judge, prompts, fresh, EACH, 70_000))
+        rollouts, rewards = answered(sampler, judge, prompts, fresh, EACH, 70_000)
         pool, right = answered(sampler, judge, prompts, training, ANSWERS, 9_000)
+    half = FRESH // 2
+    halves = [true_gradient(model, rollouts[k : k + half], rewards[k : k + half]) for k in (0, half)]
+    truth = halves[0] + halves[1]
+    alike = float(halves[0] @ halves[1] / np.prod([np.linalg.norm(h) for h in halves]))
+    drawn_from = [r for of in pool for r in of[TOLD:]]
+    slope = slopes(model, drawn_from, truth).reshape(len(pool), ANSWERS - TOLD)
+    tokens = np.array([len(r.response_ids) for r in drawn_from]).reshape(slope.shape)
     p = (right[:, :TOLD].sum(1) + 0.25) / (TOLD + 0.5)  # (N,)
     rules = RULES if budget == 512 else {k: r for k, r in (RULES | FEW).items() if r}
     looks = [(name, "scaled", "tokens") for name in rules]
     looks += [(name, *loss) for name in ("uniform", "knapsack") for loss in LOSSES[1:]]
     found = []
     for name, kind, of in tqdm(looks, f"{bed}, {budget}, step {steps}"):
-        along, squared, live, total = [], [], [], 0
-        for batch in range(BATCHES):
+        many, along, squared, live, total = [], [], [], [], 0
+        for batch in range(MANY):
             rng = np.random.default_rng([batch, 5])  # the same problems, as far as that goes
             chosen, counts = rules[name](p, budget, rng)
-            drawn, rewards = [], []
-            for g, (i, n) in enumerate(zip(chosen, counts, strict=True)):
-                which = TOLD + rng.permutation(ANSWERS - TOLD)[:n]
-                drawn += [dataclasses.replace(pool[i][j], group=g) for j in which]
-                rewards += list(right[i, which])
-            A = advantages(np.array(rewards), np.array([r.group for r in drawn]), kind, of)
-            grad = gradient(model, drawn, A)
-            along.append(grad @ truth)
-            squared.append(grad @ grad)
+            which = [rng.permutation(ANSWERS - TOLD)[:n] for n in counts]
+            problem, group = np.repeat(chosen, counts), np.repeat(range(len(counts)), counts)  # (R,)
+            answer = np.concatenate(which)
+            A = advantages(right[problem, TOLD + answer], group, kind, of)
+            many.append(A @ slope[problem, answer] / tokens[problem, answer].sum())
             live.append((A != 0).mean())
-            total = total + grad
+            if batch < BATCHES:
+                drawn = [pool[i][TOLD + j] for i, j in zip(problem, answer, strict=True)]
+                drawn = [dataclasses.replace(r, group=int(g)) for r, g in zip(drawn, group, strict=True)]
+                grad = gradient(model, drawn, A)
+                along.append(grad @ truth / np.linalg.norm(truth))
+                squared.append(grad @ grad)
+                total = total + grad
+        if not np.allclose(many[:BATCHES], along, atol=0.05 * np.std(along)):
+            raise ArithmeticError(
+                f"{name}: the slopes do not add up to the gradient's part along the true one"
+            )
         row = {"bed": bed, "budget": budget, "steps": steps, "rule": name, "kind": kind, "mean_of": of}
-        row |= numbers(along, squared, total, truth) | {
-            "live": float(np.mean(live)),
-            "p": float(right.mean()),
-        }
+        row |= numbers(many, along, squared, total)
+        row |= {"live": float(np.mean(live)), "p": float(right.mean()), "truth": alike}
         found.append(
             {k: round(x, 4) if isinstance(x, float) and k != "length" else x for k, x in row.items()}
         )

@@ -243,9 +243,11 @@ def best(rule: str, bed: str, budget: int, shapes: bool = False) -> tuple[int, f
     return max(safe, key=safe.get)
 
 
-# rule - base, seed by seed, on the same bed with the same budget: (seeds,).
-def differences(rule: str, measure="pass1", base="uniform", **cell) -> np.ndarray:
-    ours, theirs = ({r["seed"]: r for r in runs(name, **cell)} for name in (rule, base))
+# rule - base, seed by seed, on the same bed with the same budget: (seeds,). base_at: another rate or shape
+# of the base's, {"prompts": 32}.
+def differences(rule: str, measure="pass1", base="uniform", base_at=None, **cell) -> np.ndarray:
+    both = runs(rule, **cell), runs(base, **cell | (base_at or {}))
+    ours, theirs = ({r["seed"]: r for r in rows} for rows in both)
     seeds = sorted(ours.keys() & theirs.keys())
     return np.array([score(ours[s], measure) - score(theirs[s], measure) for s in seeds])
 
@@ -294,9 +296,11 @@ def p_of(d: np.ndarray) -> float:
     return student_p(d.mean() / (np.std(d, ddof=1) / np.sqrt(len(d))), len(d) - 1)
 
 
-def corrected_table(rules, base="uniform", measures=("pass1", "way", "pass16"), **cell) -> str:
+def corrected_table(
+    rules, base="uniform", measures=("pass1", "way", "pass4", "pass16"), base_at=None, **cell
+) -> str:
     """Markdown: differences with 95% intervals (Student's t), p, and p after Holm over the whole table."""
-    found = {(rule, m): differences(rule, m, base, **cell) for rule in rules for m in measures}
+    found = {(rule, m): differences(rule, m, base, base_at, **cell) for rule in rules for m in measures}
     p = [p_of(d) for d in found.values()]
     p = {key: both for key, *both in zip(found, p, holm(p), strict=True)}
     lines = [f"| minus {base} | seeds | " + " | ".join(f"{m} | p | p, Holm" for m in measures) + " |"]
@@ -312,9 +316,10 @@ def corrected_table(rules, base="uniform", measures=("pass1", "way", "pass16"), 
 
 
 # Rollouts until the mean curve of a rule reaches the mean end of another, as a share of all.
-def when_reached(rule: str, base="uniform", **cell) -> float:
+def when_reached(rule: str, base="uniform", base_at=None, **cell) -> float:
     shares = np.linspace(0, 1, 501)
-    ours, theirs = (np.mean([at(r, shares) for r in runs(name, **cell)], 0) for name in (rule, base))
+    both = runs(rule, **cell), runs(base, **cell | (base_at or {}))
+    ours, theirs = (np.mean([at(r, shares) for r in rows], 0) for rows in both)
     there = np.flatnonzero(ours >= theirs[-1])
     return float(shares[there[0]]) if len(there) else np.nan
 
@@ -369,7 +374,8 @@ def draw(path: Path) -> None:
         for bed, (color, marker, aside) in looks.items():
             found = cells(bed)
             silent = [silent_share(bed, n) for n in found]
-            label = f"sums of up to {LONGEST[bed]} digits, {max(silent):.0%} to {min(silent):.0%} silent"
+            silent = f"{max(silent):.0%} to {min(silent):.0%}" if len(silent) > 1 else f"{silent[0]:.0%}"
+            label = f"sums of up to {LONGEST[bed]} digits, {silent} of uniform's groups silent"
             style = dict(color=color, marker=marker, ms=7, capsize=4, linestyle=":", label=label)
             each = [aside * n / USUAL["prompts"] for n in found]  # side by side
             halves = [evidence.half_width(d) for d in found.values()]
@@ -378,8 +384,9 @@ def draw(path: Path) -> None:
         b.axvline(8, color=evaluate.GREY, lw=1, linestyle="--")
         b.annotate("--model Qwen2.5-Math-1.5B", (8, 1), (-4, -4), xycoords=("data", "axes fraction"),
                    textcoords="offset points", rotation=90, va="top", ha="right", fontsize=8)  # fmt: skip
-        b.set(title="The more rollouts a prompt, the less it pays", xlabel="rollouts a prompt (mean)")
+        b.set(title="The map so far, with 95% intervals", xlabel="rollouts a prompt (mean)")
         b.set(ylabel="knapsack minus uniform at the end", xlim=(2.4, 11))
+        b.set_ylim(bottom=b.get_ylim()[0] - 0.05)  # room for the legend
         b.set_xscale("log", base=2)
         b.set_xticks([3, 4, 6, 8], labels=["3", "4", "6", "8"])
         b.legend(fontsize=8)
