@@ -376,13 +376,13 @@ def draw(path: Path) -> None:
             silent = [silent_share(bed, n) for n in found]
             silent = f"{max(silent):.0%} to {min(silent):.0%}" if len(silent) > 1 else f"{silent[0]:.0%}"
             label = f"sums of up to {LONGEST[bed]} digits, {silent} of uniform's groups silent"
-            style = dict(color=color, marker=marker, ms=7, capsize=4, linestyle=":", label=label)
+            style = dict(color=color, marker=marker, ms=7, capsize=4, linestyle="", label=label)
             each = [aside * n / USUAL["prompts"] for n in found]  # side by side
             halves = [evidence.half_width(d) for d in found.values()]
             b.errorbar(each, [d.mean() for d in found.values()], halves, **style)
         b.axhline(0, color="#444444", lw=1)
         b.axvline(8, color=evaluate.GREY, lw=1, linestyle="--")
-        b.annotate("--model Qwen2.5-Math-1.5B", (8, 1), (-4, -4), xycoords=("data", "axes fraction"),
+        b.annotate("--model Qwen2.5-Math-1.5B", (8, 1), (-12, -4), xycoords=("data", "axes fraction"),
                    textcoords="offset points", rotation=90, va="top", ha="right", fontsize=8)  # fmt: skip
         b.set(title="The map so far, with 95% intervals", xlabel="rollouts a prompt (mean)")
         b.set(ylabel="knapsack minus uniform at the end", xlim=(2.4, 11))
