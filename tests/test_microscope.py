@@ -32,7 +32,7 @@ def test_a_choice_is_the_exact_knapsack():
     """Against dynamic programming over 0, 2, 3, ... rollouts. Catches: a first rollout bought alone; a weight
     that is not InfoGain's."""
     p = np.random.default_rng(2).beta(0.7, 0.7, 12)
-    for weight in (knapsack.info_gain, microscope.ones):
+    for weight in (knapsack.info_gain, np.ones_like):
         chosen, counts = microscope.choose(10**6, weight)(p, 30, np.random.default_rng(0))
         n = np.array([0, *range(2, 31)])
         values = weight(p)[:, None] * knapsack.prob_nonzero_gradient(n, p[:, None])

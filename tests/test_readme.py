@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "tutorial"))
 import bench_optimizer  # noqa: E402
 import evidence  # noqa: E402
 import where_it_pays  # noqa: E402
-from classic_control.report import holm  # noqa: E402
+from classic_control.report import holm, paired  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tutorial" / "results"
@@ -82,22 +82,20 @@ def test_where_it_pays():
     ours = np.mean([r["pass1"] for r in where_it_pays.runs("knapsack", **cell)])
     d = {m: where_it_pays.differences("knapsack", m, **cell) for m in ("pass1", "way", "pass4", "pass16")}
     assert {len(x) for x in d.values()} == {8}
-    corrected = dict(zip(d, holm([where_it_pays.p_of(x) for x in d.values()]), strict=True))
+    corrected = dict(zip(d, holm([paired(x)[-1] for x in d.values()]), strict=True))
     assert max(corrected[m] for m in ("pass1", "way", "pass4")) < 0.05 < corrected["pass16"]
     said = f"uniform {end():.3f}, the knapsack {ours:.3f}, {evidence.with_error(d['pass1'], '+.3f')}"
     assert said in readme, said
     assert f"with {where_it_pays.silent_share():.0%} of uniform's groups silent" in readme
     assert f"{where_it_pays.when_reached('knapsack', **cell):.2f}" == "0.50"
     # Uniform at what two other seeds chose.
-    (prompts, lr), (_, slower) = (where_it_pays.best("uniform", shapes=x, **cell) for x in (True, False))
-    assert (prompts, lr, slower) == (32, 2e-4, 1e-4)
-    rate, shape = (
-        where_it_pays.differences("knapsack", base_at=x, **cell) for x in ({"lr": slower}, {"prompts": 32})
-    )
+    shape_of, rate_of = (where_it_pays.best("uniform", shapes=x, **cell) for x in (True, False))
+    assert shape_of == {"prompts": 32, "lr": 2e-4} and rate_of == {"prompts": 64, "lr": 1e-4}
+    rate, shape = (where_it_pays.differences("knapsack", base_at=x, **cell) for x in (rate_of, shape_of))
     assert len(rate) == len(shape) == 8 and evidence.verdict(rate) == evidence.verdict(shape) == "win"
-    said = f"ends at {end(lr=slower):.3f} ({evidence.with_error(rate, '+.3f')})"
+    said = f"ends at {end(**rate_of):.3f} ({evidence.with_error(rate, '+.3f')})"
     assert said in readme, said
-    said = f"32 prompts at {end(prompts=32):.3f} ({evidence.with_error(shape, '+.3f')}"
+    said = f"32 prompts at {end(**shape_of):.3f} ({evidence.with_error(shape, '+.3f')}"
     assert said in readme, said
     few = where_it_pays.differences("knapsack", bed="sums", budget=192)
     assert len(few) == 3 and evidence.verdict(few) == "tie"

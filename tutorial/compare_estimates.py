@@ -104,12 +104,15 @@ class ByFeatures(SuccessTracker):
     features = None  # {id: (F,)}
     ridge = 0.1
 
-    def rows(self, ids):
+    def __init__(self, *settings):
+        super().__init__(*settings)
+        self.weights = np.zeros(len(next(iter(self.features.values()))))  # (F,)
+
+    def known_of(self, ids):
         return np.array([self.features[i] for i in ids])  # (M, F)
 
     def posterior(self, ids):
-        x = self.rows(ids)
-        odds = np.clip(x @ getattr(self, "weights", np.zeros(x.shape[1])), -30, 30)
+        odds = np.clip(self.known_of(ids) @ self.weights, -30, 30)
         s, t = self._seen[self._rows(ids), 0].T
         total = sum(self.prior())
         p = 1 / (1 + np.exp(-odds))
@@ -117,8 +120,7 @@ class ByFeatures(SuccessTracker):
 
     def update(self, ids, successes, trials):
         super().update(ids, successes, trials)
-        x, (s, t) = self.rows(self._row), self._seen[:-1, 0].T
-        w = getattr(self, "weights", np.zeros(x.shape[1]))
+        x, (s, t), w = self.known_of(self._row), self._seen[:-1, 0].T, self.weights
         for _ in range(5):  # Newton's steps
             p = 1 / (1 + np.exp(np.clip(-x @ w, -30, 30)))
             slope = x.T @ (s - t * p) - self.ridge * w
@@ -132,7 +134,7 @@ class ByLength(ByFeatures):
 
 
 class ByHidden(ByFeatures):
-    """The mean hidden state of the prompt's tokens in the untrained model, each number standardised."""
+    """The mean hidden state of the prompt's tokens before training, each number standardised."""
 
     ridge = 10.0
 

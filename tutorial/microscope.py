@@ -13,7 +13,7 @@ noise. A row of results/microscope.jsonl holds:
                root mean square length, of 32; and its standard error
     direction  the cosine of the mean of the 32, noise taken out: where the rule pulls if batches are large
     signal     the squared length of that mean over that of the noise of one batch
-    length     of a batch's gradient, as a multiple of uniform's
+    length     of a batch's gradient; `details` prints it as a multiple of uniform's
     live       the share of rollouts in mixed groups
     truth      the cosine of the true gradient's two halves: how well it is known itself
 
@@ -71,9 +71,9 @@ def inside(value=None):
 def choose(k, weight):
     def rule(p, budget, rng):
         i = rng.permutation(len(p))[:k]
-        q, n = p[i], np.arange(2, ANSWERS - TOLD)[:, None]
-        gains = weight(q) * np.vstack([np.tile(q * (1 - q), (2, 1)), q**n * (1 - q) + (1 - q) ** n * q])
-        counts = np.bincount(np.argsort(-gains.ravel(), kind="stable")[:budget] % len(q), minlength=len(q))
+        p, q, n = p[i], 1 - p[i], np.arange(2, ANSWERS - TOLD)[:, None]
+        gains = weight(p) * np.vstack([np.tile(p * q, (2, 1)), p**n * q + q**n * p])  # (levels, k)
+        counts = np.bincount(np.argsort(-gains.ravel(), kind="stable")[:budget] % len(p), minlength=len(p))
         counts[counts == 1] = 0
         return i[counts > 0], counts[counts > 0]
 
@@ -89,24 +89,16 @@ def uncertain(m):
     return rule
 
 
-def p_mixed(n, p):
-    return knapsack.prob_nonzero_gradient(n, p)
-
-
-def ones(p):
-    return np.ones_like(p)
-
-
 RULES = {
     "uniform, 16 each": uniform(16),
     "uniform": uniform(8),
     "uniform, 4 each": uniform(4),
     "uniform, 2 each": uniform(2),
     "knapsack": inside(),
-    "knapsack without InfoGain": inside(p_mixed),
+    "knapsack without InfoGain": inside(knapsack.prob_nonzero_gradient),
     "choice among 256": choose(256, knapsack.info_gain),
     "choice among all": choose(10**6, knapsack.info_gain),
-    "choice among all without InfoGain": choose(10**6, ones),
+    "choice among all without InfoGain": choose(10**6, np.ones_like),
     "the 64 most uncertain": uncertain(64),
 }
 # With 203 rollouts, 64 prompts get 3.2 each: that is uniform there.

@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import evidence  # noqa: E402
 import neighbours  # noqa: E402
-from classic_control.report import holm, student_p  # noqa: E402
+from classic_control.report import holm, paired  # noqa: E402
 
 import evaluate  # noqa: E402
 import knapsack  # noqa: E402
@@ -110,7 +110,7 @@ def look_first(times: int) -> None:
 
 # ---- A run ---------------------------------------------------------------------------------------------
 # transformers copies keys and values for each of the heads that share them. torch's attention on a CPU
-# reads them where they are: the same numbers to the bit, in two thirds of the time.
+# reads them where they are: the same numbers to the bit, and sooner.
 def share_keys() -> None:
     from transformers.integrations import sdpa_attention
 
@@ -140,7 +140,7 @@ def one(work: Path, job: dict) -> dict:
             try:
                 train.main(words)
                 if rule != "saving":  # which means to draw less
-                    go_on(folder, seen, job["steps"] * job["budget"])
+                    go_on(folder, seen, job["steps"], job["budget"])
             except SystemExit as stop:
                 stopped = str(stop.code)
                 if not stopped.startswith("train.py: stopped:"):  # weights that blew up are a result
@@ -153,12 +153,11 @@ def one(work: Path, job: dict) -> dict:
 
 
 # A rule that drew less gets more steps, until it has drawn as much.
-def go_on(folder: Path, seen, total: int) -> None:
+def go_on(folder: Path, seen, steps: int, budget: int) -> None:
     def drawn() -> list[int]:
         return [row["budget"] for row in evaluate.each_row(folder / "metrics.jsonl")][1:]
 
-    budget = total / len(drawn())
-    while (left := total - sum(drawn())) >= budget / 2:
+    while (left := steps * budget - sum(drawn())) >= budget / 2:
         seen.run.locked.close()
         further = len(drawn()) + max(1, round(left / np.mean(drawn()[-10:])))
         train.main(["--resume", str(folder), "--steps", str(further)])
@@ -233,14 +232,14 @@ def tuning(rule: str, bed: str, budget: int) -> dict:
 
 # The rate (of 64 prompts, unless `shapes`) with the highest success. At a rate at which one run falls below
 # half of another's success, a run is not safe: it is none to choose.
-def best(rule: str, bed: str, budget: int, shapes: bool = False) -> tuple[int, float]:
+def best(rule: str, bed: str, budget: int, shapes: bool = False) -> dict:
     found = {k: x for k, x in tuning(rule, bed, budget).items() if shapes or k[0] == USUAL["prompts"]}
     safe = {k: np.mean(x) for k, x in found.items() if min(x) > max(x) / 2}
     if not safe:
         raise ValueError(
             f"{rule} on {bed}, {budget} a step: run seeds {TUNING} and {TUNING + 1} at some --lrs first"
         )
-    return max(safe, key=safe.get)
+    return dict(zip(("prompts", "lr"), max(safe, key=safe.get), strict=True))
 
 
 # rule - base, seed by seed, on the same bed with the same budget: (seeds,). base_at: another rate or shape
@@ -281,27 +280,28 @@ def rates_table(rules, bed: str, budget: int) -> str:
     lines = ["| rule | prompts | " + " | ".join(f"{lr:g}" for lr in rates) + " |"]
     lines.append("|" + " --- |" * (2 + len(rates)))
     for rule, of in found.items():
+        taken = best(rule, bed, budget, shapes=True)
         for prompts in sorted({m for m, _ in of}):
             cells = []
             for lr in rates:
-                star = "*" if (prompts, lr) == best(rule, bed, budget, shapes=True) else ""
+                star = "*" if {"prompts": prompts, "lr": lr} == taken else ""
                 each = of.get((prompts, lr))
                 cells.append(f"{np.mean(each):.3f}{star}" if each else "")
             lines.append(f"| {rule} | {prompts} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-# Two-sided, of differences (seeds,), by Student's t.
-def p_of(d: np.ndarray) -> float:
-    return student_p(d.mean() / (np.std(d, ddof=1) / np.sqrt(len(d))), len(d) - 1)
+def corrected_table(rules, base="uniform", base_at=None, tuned=False, **cell) -> str:
+    """Markdown: differences with 95% intervals (Student's t), p, and p after Holm over the whole table.
 
-
-def corrected_table(
-    rules, base="uniform", measures=("pass1", "way", "pass4", "pass16"), base_at=None, **cell
-) -> str:
-    """Markdown: differences with 95% intervals (Student's t), p, and p after Holm over the whole table."""
-    found = {(rule, m): differences(rule, m, base, base_at, **cell) for rule in rules for m in measures}
-    p = [p_of(d) for d in found.values()]
+    tuned: every rule at its own best rate, and the base, too."""
+    measures, found = ("pass1", "way", "pass4", "pass16"), {}
+    if tuned:
+        base_at = best(base, **cell)
+    for rule in rules:
+        own = cell | best(rule, **cell) if tuned else cell
+        found |= {(rule, m): differences(rule, m, base, base_at, **own) for m in measures}
+    p = [paired(d)[-1] for d in found.values()]
     p = {key: both for key, *both in zip(found, p, holm(p), strict=True)}
     lines = [f"| minus {base} | seeds | " + " | ".join(f"{m} | p | p, Holm" for m in measures) + " |"]
     lines.append("|" + " --- |" * (2 + 3 * len(measures)))
@@ -315,13 +315,12 @@ def corrected_table(
     return "\n".join(lines)
 
 
-# Rollouts until the mean curve of a rule reaches the mean end of another, as a share of all.
+# Rollouts until the mean curve of a rule reaches the mean end of another, as a share of all; or infinity.
 def when_reached(rule: str, base="uniform", base_at=None, **cell) -> float:
     shares = np.linspace(0, 1, 501)
     both = runs(rule, **cell), runs(base, **cell | (base_at or {}))
     ours, theirs = (np.mean([at(r, shares) for r in rows], 0) for rows in both)
-    there = np.flatnonzero(ours >= theirs[-1])
-    return float(shares[there[0]]) if len(there) else np.nan
+    return evidence.when_reached(shares, ours, theirs[-1])
 
 
 # Of uniform's groups, over the whole run.
@@ -330,7 +329,7 @@ def silent_share(bed="long", budget=203) -> float:
 
 
 # The cells of a bed with at least `seeds` pairs: {budget: differences}.
-def cells(bed: str, rule="knapsack", measure="pass1", seeds=3) -> dict[int, np.ndarray]:
+def map_cells(bed: str, rule="knapsack", measure="pass1", seeds=3) -> dict[int, np.ndarray]:
     budgets = sorted({r["budget"] for r in load(bed=bed, **USUAL)})
     found = {n: differences(rule, measure, bed=bed, budget=n) for n in budgets}
     return {n: d for n, d in found.items() if len(d) >= seeds}
@@ -339,9 +338,12 @@ def cells(bed: str, rule="knapsack", measure="pass1", seeds=3) -> dict[int, np.n
 def map_table(rule="knapsack") -> str:
     """Markdown: a row a cell, rule - uniform and its 95% interval; verdicts after Holm over the map."""
     found = {
-        (bed, n, m): d for m in ("pass1", "way") for bed in LONGEST for n, d in cells(bed, rule, m).items()
+        (bed, n, m): d
+        for m in ("pass1", "way")
+        for bed in LONGEST
+        for n, d in map_cells(bed, rule, m).items()
     }
-    p = dict(zip(found, holm([p_of(d) for d in found.values()]), strict=True))
+    p = dict(zip(found, holm([paired(d)[-1] for d in found.values()]), strict=True))
     lines = ["| bed | rollouts a prompt | seeds | uniform silent | uniform ends | final | on the way |"]
     lines.append("|" + " --- |" * 7)
     for bed, n, _ in [key for key in found if key[2] == "pass1"]:
@@ -372,7 +374,7 @@ def draw(path: Path) -> None:
         a.legend()
         looks = {"long": (evaluate.BLUE, "s", 0.97), "sums": (evaluate.ORANGE, "o", 1.03)}
         for bed, (color, marker, aside) in looks.items():
-            found = cells(bed)
+            found = map_cells(bed)
             silent = [silent_share(bed, n) for n in found]
             silent = f"{max(silent):.0%} to {min(silent):.0%}" if len(silent) > 1 else f"{silent[0]:.0%}"
             label = f"sums of up to {LONGEST[bed]} digits, {silent} of uniform's groups silent"
@@ -412,6 +414,10 @@ def rule_name(text: str) -> str:
     return text
 
 
+def rate(text: str):
+    return text if text == "best" else float(text)
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -420,7 +426,7 @@ def main() -> None:
     add("--rules", nargs="+", type=rule_name, default=["uniform", "knapsack"], metavar="RULE")
     add("--prompts", nargs="+", type=int, default=[64], help="prompts a step")
     add("--budgets", nargs="+", type=int, default=[203], help="rollouts a step")
-    add("--lrs", nargs="+", default=["2e-4"], help="learning rates, or best [%(default)s]")
+    add("--lrs", nargs="+", type=rate, default=[2e-4], help="learning rates, or best [%(default)s]")
     add("--seeds", nargs="+", type=int, default=[0])
     add("--steps", nargs="+", type=int, default=[100])
     add("--work", type=Path, default=Path("runs/where_it_pays"), help="for run folders [%(default)s]")
@@ -430,8 +436,11 @@ def main() -> None:
     axes = product(args.seeds, args.beds, args.budgets, args.prompts, args.lrs, args.steps, args.rules)
     jobs = []
     for seed, bed, budget, prompts, lr, steps, rule in axes:
-        rate = best(rule, bed, budget)[1] if lr == "best" else float(lr)
-        jobs.append(dict(zip(KEY, (bed, rule, prompts, budget, rate, seed, steps), strict=True)))
+        try:
+            lr = best(rule, bed, budget)["lr"] if lr == "best" else lr
+        except ValueError as error:
+            parser.error(str(error))
+        jobs.append(dict(zip(KEY, (bed, rule, prompts, budget, lr, seed, steps), strict=True)))
     run(jobs, args.work, args.workers)
 
 
