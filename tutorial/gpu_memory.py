@@ -3,10 +3,10 @@
     python tutorial/gpu_memory.py --model Qwen2.5-Math-1.5B                 # on a card of 80 GB
     python tutorial/gpu_memory.py --model FOLDER --card 24 --optimizer adamw8bit
 
---card is in GB; all other flags are train.py's. It counts on vLLM, unless you say --engine hf. It prints three
-sums and, where the largest does not fit, the flags nearest to yours that do. On a GPU train.py prints the same
-of the card it finds. It needs the model's config.json and no GPU. tests/test_memory.py counts the parts on a
-CPU; nobody has seen the sums on a card.
+--card is in GB; all other flags are train.py's. It counts on vLLM, unless you say --engine hf. It prints
+three sums and, where the largest does not fit, the flags nearest to yours that do. On a GPU train.py prints
+the same of the card it finds. It needs the model's config.json and no GPU. tests/test_memory.py counts the
+parts on a CPU; nobody has seen the sums on a card.
 """
 
 import argparse
