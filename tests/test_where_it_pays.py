@@ -115,7 +115,7 @@ def test_final_problems_are_fresh(bed, tmp_path):
 def test_a_first_look_sees_every_problem_once(monkeypatch):
     """Catches: problems that are skipped or met twice where the first epoch ends."""
     monkeypatch.setattr(train, "batch_of", train.batch_of)
-    where_it_pays.look_first(4)
+    where_it_pays.widen(4, epochs=1)
     c, tasks = train.Config(), list(range(1024))
     first = [train.batch_of(tasks, step, c) for step in range(1, 5)]
     second = [train.batch_of(tasks, step, c) for step in range(5, 21)]

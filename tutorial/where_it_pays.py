@@ -29,7 +29,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
@@ -82,30 +82,127 @@ def tasks_of(bed: str, work: Path) -> str:
 
 
 # ---- The rules -----------------------------------------------------------------------------------------
-# name: (an entry of train.ALLOCATORS, settings of the tracker, problems at first sight). Those of
-# neighbours.py come besides.
-RULES = {
-    "uniform": ("uniform", {}, 1),
-    "paper": ("paper", {}, 1),
-    "knapsack": ("knapsack", {}, 1),
-    "yesterday's estimates": ("knapsack", evidence.FORMER, 1),
-    "saving": ("saving", {}, 1),
-    "cheap first look": ("knapsack", {}, 4),
-}
+# The knapsack on estimate(tracker, ids), with another value than the paper's if `value` is given.
+def by(estimate=lambda tracker, ids: tracker.posterior(ids), value=None):
+    def allocate(tracker, ids, c):
+        p = estimate(tracker, ids)
+        if np.isnan(p).any():  # the paper's estimate of a prompt never seen
+            return knapsack.uniform(len(ids), c.budget)
+        return knapsack.allocate(p, c.budget, c.n_min, c.n_max, value)
+
+    return allocate
 
 
-# The first epoch with `times` as many prompts a step, so that each gets so many rollouts less.
-def look_first(times: int) -> None:
+# The tracker's defaults when this project began: no drift, so estimates of yesterday.
+def remember_as_before():
+    former = dict(discount=0.75, prior_strength=0.25, drift=0.0)
+    knapsack.SuccessTracker = partial(knapsack.SuccessTracker, **former)
+    return by()
+
+
+# The first epochs, or (0) all of them, with `times` as many prompts a step.
+def widen(times: int, epochs: int) -> None:
     plain = train.batch_of
 
     def batch_of(tasks, step, c):
         wide = dataclasses.replace(c, prompts=times * c.prompts)
         steps = len(tasks) // wide.prompts
-        if step <= steps:
+        if step <= epochs * steps or not epochs:
             return plain(tasks, step, wide)
-        return plain(tasks, step - steps + len(tasks) // c.prompts, c)  # the second epoch
+        return plain(tasks, step - epochs * steps + epochs * (len(tasks) // c.prompts), c)
 
     train.batch_of = batch_of
+
+
+# Unseen prompts get so few rollouts that there is room for four times as many.
+def look_first():
+    widen(4, epochs=1)
+    return by()
+
+
+# Among four times as many prompts, each of which gets none, or 2 and more. The first two rollouts are worth,
+# each, what the third is, so they are bought together and the greedy stays exact, but for one left over.
+def choose():
+    def allocate(tracker, ids, c):
+        n = np.arange(c.n_max + 1)[:, None]
+        worth = knapsack.expected_value(n, *tracker.posterior(ids))  # (n_max + 1, M)
+        worth[1] = worth[2] / 2
+        # Equal prompts in some order, or each of them would get its first rollout and none a second.
+        worth = worth * (1 + 1e-9 * np.random.default_rng(0).random(len(ids)))
+        counts = knapsack.solve_greedy(worth.T, c.budget)
+        if (single := counts == 1).any():
+            counts[single] = 0
+            gains = np.diff(worth, axis=0)[counts, np.arange(len(ids))]
+            counts[np.where(counts, gains, 0).argmax()] += single.sum()
+        return counts
+
+    widen(4, epochs=0)
+    return allocate
+
+
+# Before each step 16 more answers of today's model to each prompt say how hard it is. They are not counted
+# and not learned from: no method, but about what allocation could do if it knew p.
+def told(seen, samples=16):
+    seeds = count(500_000)  # no step of seeds 0 to 7 has such a one
+
+    def estimate(tracker, ids):
+        run, trials = seen.run, np.full(len(ids), samples)
+        tasks = {t.id: t for t in run.train_tasks}
+        extra = seen.sample([run.prompts[i] for i in ids], trials, next(seeds))
+        asked, texts = [tasks[ids[r.group]] for r in extra], [r.text for r in extra]
+        right = reward.grade(run.judge, asked, texts)  # (M x samples,)
+        now = knapsack.SuccessTracker()
+        now.update(ids, np.bincount([r.group for r in extra], right, minlength=len(ids)), trials)
+        return now.posterior(ids)
+
+    return by(estimate)
+
+
+# Before step 1 the tracker is handed the first epoch of another seed's uniform run.
+def warm(job: dict, work: Path):
+    other = job | {"rule": "uniform", "seed": (job["seed"] + 3) % 8}
+    groups, known = work / f"{slug_of(other)}.groups.jsonl", []
+    if not groups.exists():
+        raise ValueError(f"{groups} is missing: run uniform on seed {other['seed']} first")
+
+    def estimate(tracker, ids):
+        for g in () if known else evaluate.each_row(groups):
+            if g["ids"][0] in known:
+                break  # the second epoch begins
+            known.extend(g["ids"])
+            tracker.update(g["ids"], g["successes"], g["counts"])
+        return tracker.posterior(ids)
+
+    return by(estimate)
+
+
+# Every prompt weighs the same in the loss, however many rollouts it got.
+def prompt_mean():
+    import grpo
+
+    plain = grpo.group_advantages
+
+    def advantages(rewards, group, **more):
+        n = np.bincount(group)  # (M,)
+        return plain(rewards, group, **more) * (n[n > 0].mean() / n[group])
+
+    grpo.group_advantages = advantages
+    return by()
+
+
+# name: function(seen, job, work) -> what decides the counts, as in train.ALLOCATORS. It may exchange a part
+# of train.py besides. The rules of neighbours.py come on top.
+RULES = {
+    **{name: lambda *_, rule=rule: rule for name, rule in train.ALLOCATORS.items()},
+    "yesterday's estimates": lambda *_: remember_as_before(),
+    "told p": lambda seen, *_: told(seen),
+    "warm start": lambda _, job, work: warm(job, work),
+    "without InfoGain": lambda *_: by(value=knapsack.prob_nonzero_gradient),
+    "no fallback": lambda *_: by(lambda tracker, ids: tracker.windowed_rate(ids)),
+    "prompt mean": lambda *_: prompt_mean(),
+    "choice among 256": lambda *_: choose(),
+    "cheap first look": lambda *_: look_first(),
+}
 
 
 # ---- A run ---------------------------------------------------------------------------------------------
@@ -117,23 +214,26 @@ def share_keys() -> None:
     sdpa_attention.use_gqa_in_sdpa = lambda *_: True
 
 
+def slug_of(job: dict) -> str:
+    return "-".join(str(job[name]) for name in KEY).replace(" ", "_").replace("'", "")
+
+
 def one(work: Path, job: dict) -> dict:
-    slug = "-".join(str(job[name]) for name in KEY).replace(" ", "_").replace("'", "")
-    folder, rule = work / slug, job["rule"]
+    slug, rule = slug_of(job), job["rule"]
+    folder = work / slug
     shutil.rmtree(folder, ignore_errors=True)  # cut short, it starts again
     share_keys()
     if rule in RULES:
-        allocator, memory, times = RULES[rule]
         seen = neighbours.watch()
-        knapsack.SuccessTracker = partial(knapsack.SuccessTracker, **memory)
-        look_first(times)
+        train.ALLOCATORS[rule] = RULES[rule](seen, job, work)
     else:
-        allocator, seen = rule, neighbours.plug(rule)
-    words = f"--allocator {allocator} --prompts {job['prompts']} --budget {job['budget']} --lr {job['lr']} "
+        seen = neighbours.plug(rule)
+    words = f"--prompts {job['prompts']} --budget {job['budget']} --lr {job['lr']} "
     words += f"--seed {job['seed']} --steps {job['steps']} --held-out 256 --save-every 10000 "
     words += "--max-new-tokens {} --max-prompt-tokens {} ".format(*TOKENS[job["bed"]])
     words += neighbours.FLAGS.get(rule, "").format(budget=job["budget"])
-    words = [*words.split(), "--tasks", tasks_of(job["bed"], work), "--out", str(folder)]
+    words = [*words.split(), "--allocator", rule]
+    words += ["--tasks", tasks_of(job["bed"], work), "--out", str(folder)]
     start, stopped = time.perf_counter(), None
     with folder.with_name(slug + ".log").open("w") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
