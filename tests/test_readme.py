@@ -13,9 +13,9 @@ import train
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tutorial"))
 import bench_optimizer  # noqa: E402
-import evidence  # noqa: E402
 import where_it_pays  # noqa: E402
 from classic_control.report import holm, paired  # noqa: E402
+from where_it_pays import verdict, with_error  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tutorial" / "results"
@@ -48,28 +48,9 @@ def test_headroom():
     assert "under three minutes on two CPU cores" in README
 
 
-def test_evidence():
-    """The table of results, from the rows that tutorial/evidence.py wrote."""
-    _, base = evidence.curves("main", "uniform")
-    for name in evidence.ALLOCATORS:
-        _, success = evidence.curves("main", name)
-        assert success.shape == (8, 6)
-        cells, difference = [name, evidence.with_error(success[:, -1])], success[:, -1] - base[:, -1]
-        cells.append(
-            f"{evidence.with_error(difference, '+.3f')} ({evidence.verdict(difference)})"
-            if name != "uniform"
-            else ""
-        )
-        cells += [
-            f"{evidence.tens('main', name, f'effective_{k}').mean():.2f}" for k in ("rollouts", "prompts")
-        ]
-        of = evidence.load("main", name)
-        cells += [f"{sum(r['solved'][-1] for r in of) / 8:.0f}", f"{max(r['largest'] for r in of)}"]
-        assert "| " + " | ".join(cells) + " |" in README, cells
-    difference = evidence.curves("long", "drifting")[1] - base
-    end, all_the_way = difference[:, -1], difference[:, 1:].mean(1)
-    said = f"end {evidence.with_error(end)} above uniform, a {evidence.verdict(end)}; averaged over the way"
-    assert f"{said} there it is a {evidence.verdict(all_the_way)}" in " ".join(README.split())
+def test_the_map():
+    """The table of results, from the rows that tutorial/where_it_pays.py wrote."""
+    assert where_it_pays.map_table() in README
 
 
 def test_where_it_pays():
@@ -84,7 +65,7 @@ def test_where_it_pays():
     assert {len(x) for x in d.values()} == {8}
     corrected = dict(zip(d, holm([paired(x)[-1] for x in d.values()]), strict=True))
     assert max(corrected[m] for m in ("pass1", "way", "pass4")) < 0.05 < corrected["pass16"]
-    said = f"uniform {end():.3f}, the knapsack {ours:.3f}, {evidence.with_error(d['pass1'], '+.3f')}"
+    said = f"uniform {end():.3f}, the knapsack {ours:.3f}, {with_error(d['pass1'], '+.3f')}"
     assert said in readme, said
     assert f"with {where_it_pays.silent_share():.0%} of uniform's groups silent" in readme
     assert f"{where_it_pays.when_reached('knapsack', **cell):.2f}" == "0.50"
@@ -92,14 +73,22 @@ def test_where_it_pays():
     shape_of, rate_of = (where_it_pays.best("uniform", shapes=x, **cell) for x in (True, False))
     assert shape_of == {"prompts": 32, "lr": 2e-4} and rate_of == {"prompts": 64, "lr": 1e-4}
     rate, shape = (where_it_pays.differences("knapsack", base_at=x, **cell) for x in (rate_of, shape_of))
-    assert len(rate) == len(shape) == 8 and evidence.verdict(rate) == evidence.verdict(shape) == "win"
-    said = f"ends at {end(**rate_of):.3f} ({evidence.with_error(rate, '+.3f')})"
+    assert len(rate) == len(shape) == 8 and verdict(rate) == verdict(shape) == "win"
+    said = f"ends at {end(**rate_of):.3f} ({with_error(rate, '+.3f')})"
     assert said in readme, said
-    said = f"32 prompts at {end(**shape_of):.3f} ({evidence.with_error(shape, '+.3f')}"
+    said = f"32 prompts at {end(**shape_of):.3f} ({with_error(shape, '+.3f')}"
     assert said in readme, said
-    few = where_it_pays.differences("knapsack", bed="sums", budget=192)
-    assert len(few) == 3 and evidence.verdict(few) == "tie"
-    assert f"sums with three a prompt {evidence.with_error(few, '+.3f')}" in readme
+    changes = set(where_it_pays.RULES) - {"uniform", "knapsack", "saving", "cheap first look"} | {
+        "hora",
+        "dapo",
+    }
+    assert len(changes) == 10
+    for name in changes:
+        assert where_it_pays.differences(name, base="knapsack", **cell).mean() < 0, name
+    assert len(where_it_pays.runs("without InfoGain", **cell)) == 8
+    each = [where_it_pays.runs(name, **cell) for name in ("choice among 256", "knapsack")]
+    choice, ours = (np.mean([r["effective_prompts"] for r in rows]) for rows in each)
+    assert choice > 2 * ours  # "doubles the mixed groups"
 
 
 def test_replay():

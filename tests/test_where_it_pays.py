@@ -19,6 +19,7 @@ import compare_estimates as estimates  # noqa: E402
 import where_it_pays  # noqa: E402
 from classic_control import report  # noqa: E402
 
+import evaluate  # noqa: E402
 import grpo  # noqa: E402
 import knapsack  # noqa: E402
 import reward  # noqa: E402
@@ -122,6 +123,97 @@ def test_a_first_look_sees_every_problem_once(monkeypatch):
     for epoch in (first, second):
         assert sorted(i for batch in epoch for i in batch) == tasks
     assert {len(b) for b in first} == {256} and {len(b) for b in second} == {64}
+
+
+# Beta posteriors of prompts seen and unseen.
+def posteriors(rng, m):
+    tracker = knapsack.SuccessTracker()
+    s = rng.binomial(4, rng.random(m))
+    for _ in range(2):
+        tracker.update(list(range(m)), s, np.full(m, 4))
+    return tracker
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_choice_is_the_exact_knapsack(seed, monkeypatch):
+    """Against the DP with costs 0, 2, 3, ... Catches: a first rollout bought without its second; what is
+    left over given to nobody."""
+    monkeypatch.setattr(train, "batch_of", train.batch_of)
+    rng, c = np.random.default_rng(seed), train.Config(budget=23 + seed, n_max=9)
+    tracker, ids, n = posteriors(rng, 10), [*range(10), *range(100, 106)], np.array([0, *range(2, 10)])
+    counts = where_it_pays.choose()(tracker, ids, c)
+    assert counts.sum() == c.budget and 1 not in counts and counts.max() <= c.n_max
+    values = knapsack.expected_value(n, *(x[:, None] for x in tracker.posterior(ids)))  # (M, 9)
+    best = knapsack.solve_dp(values, c.budget, n)
+    total = [values[np.arange(16), k].sum() for k in (np.searchsorted(n, counts), best)]
+    next_best = np.diff(knapsack.expected_value(np.arange(10)[:, None], *tracker.posterior(ids)), axis=0)
+    assert total[1] - next_best[2].max() <= total[0] <= total[1] + 1e-6
+
+
+def test_a_choice_among_equals(monkeypatch):
+    """Catches: unseen prompts that get one rollout each, which is worth nothing."""
+    monkeypatch.setattr(train, "batch_of", train.batch_of)
+    counts = where_it_pays.choose()(knapsack.SuccessTracker(), list(range(256)), train.Config(budget=203))
+    assert counts.sum() == 203 and set(counts) == {0, 2, 3}
+    tasks = list(range(1024))
+    batches = [train.batch_of(tasks, step, train.Config()) for step in range(1, 9)]
+    for epoch in (batches[:4], batches[4:]):
+        assert sorted(i for batch in epoch for i in batch) == tasks
+
+
+def test_a_warm_start(tmp_path):
+    """Catches: more than the first epoch handed over, or nothing."""
+    job = dict(zip(where_it_pays.KEY, ("long", "warm start", 2, 8, 2e-4, 0, 100), strict=True))
+    with pytest.raises(ValueError, match="run uniform on seed 3"):
+        where_it_pays.warm(job, tmp_path)
+    batches = (["a", "b"], ["c", "d"], ["b", "a"])  # the third one begins the second epoch
+    steps = [{"ids": ids, "successes": [3, 0], "counts": [4, 4]} for ids in batches]
+    path = tmp_path / (where_it_pays.slug_of(job | {"rule": "uniform", "seed": 3}) + ".groups.jsonl")
+    path.write_text("".join(json.dumps(g) + "\n" for g in steps))
+    tracker, twin = knapsack.SuccessTracker(), knapsack.SuccessTracker()
+    c = train.Config(budget=40)
+    rule = where_it_pays.warm(job, tmp_path)
+    counts = [rule(tracker, ["a", "d"], c) for _ in range(2)]  # it is handed over once
+    for g in steps[:2]:
+        twin.update(g["ids"], g["successes"], g["counts"])
+    assert np.array_equal(counts, 2 * [knapsack.allocate(twin.posterior(["a", "d"]), 40)])
+
+
+def test_every_prompt_weighs_the_same(monkeypatch):
+    """Catches: a mean over each prompt that changes groups of one size, or the size of the whole."""
+    monkeypatch.setattr(grpo, "group_advantages", grpo.group_advantages)
+    plain = grpo.group_advantages
+    where_it_pays.prompt_mean()
+    even, ragged = np.repeat([0, 3], 4), np.array([0, 0, 3, 3, 3, 3, 3, 3])
+    rewards = np.array([0, 1, 0, 1, 1, 0, 1, 0.0])
+    assert np.allclose(grpo.group_advantages(rewards, even), plain(rewards, even))
+    ratio = grpo.group_advantages(rewards, ragged) / plain(rewards, ragged)
+    assert np.allclose(ratio, [2, 2, *[2 / 3] * 6])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", where_it_pays.RULES)
+def test_rules_run(rule, monkeypatch, tmp_path):
+    """Catches: a rule that no longer fits train.py; one that gives away more than the budget."""
+    from transformers.integrations import sdpa_attention
+
+    for module, name in ((train, "set_up"), (train, "batch_of"), (knapsack, "SuccessTracker")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(grpo, "group_advantages", grpo.group_advantages)
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
+    monkeypatch.setattr(train, "ALLOCATORS", dict(train.ALLOCATORS))
+    monkeypatch.setattr(where_it_pays, "final", lambda *_: {})
+    no_evaluation = {"eval_success": 0.0, "eval_success_se": 0.0}  # which takes most of the time
+    monkeypatch.setattr(train, "held_out_success", lambda *_: no_evaluation)
+    job = dict(zip(where_it_pays.KEY, ("sums", rule, 16, 130, 1e-4, 0, 2), strict=True))
+    other = tmp_path / (where_it_pays.slug_of(job | {"rule": "uniform", "seed": 3}) + ".groups.jsonl")
+    other.write_text(json.dumps({"ids": ["x"], "successes": [1], "counts": [4]}) + "\n")
+    row = where_it_pays.one(tmp_path, job)
+    assert row["stopped"] is None and row["spent"] <= 260 and (rule == "saving" or row["spent"] == 260)
+    groups = list(evaluate.each_row(tmp_path / f"{where_it_pays.slug_of(job)}.groups.jsonl"))
+    assert all(1 not in g["counts"] for g in groups)
+    wide = {"choice among 256": 64, "cheap first look": 64}
+    assert {len(g["ids"]) for g in groups} == {wide.get(rule, 16)}
 
 
 def test_rows_are_runs():

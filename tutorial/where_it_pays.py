@@ -36,7 +36,6 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import evidence  # noqa: E402
 import neighbours  # noqa: E402
 from classic_control.report import holm, paired  # noqa: E402
 
@@ -314,6 +313,18 @@ def at(row: dict, shares) -> np.ndarray:
     return np.interp(np.asarray(shares) * row["steps"] * row["budget"], spent, [c[1] for c in row["curve"]])
 
 
+def with_error(values, form=".3f") -> str:
+    """Mean and standard error over seeds; form "+.3f" for a difference."""
+    se = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return f"{np.mean(values):{form}} ± {se:{form.lstrip('+')}}"
+
+
+def verdict(differences) -> str:
+    """A win or a loss if the 95% interval over seeds leaves out zero; anything less is a tie."""
+    mean, _, half, _ = paired(differences)
+    return "win" if mean > half else "loss" if mean < -half else "tie"
+
+
 # pass1, pass4, ... of a row's last model; "late" and "way": success averaged over the last three fifths of
 # the rollouts, and over all.
 def score(row: dict, measure: str) -> float:
@@ -366,7 +377,7 @@ def table(rules, base="uniform", **cell) -> str:
         for measure in names:
             mean = f"{np.mean([score(r, measure) for r in rows]):.3f}"
             d = differences(rule, measure, base, **cell)
-            more = f" ({evidence.with_error(d, '+.3f')} {evidence.verdict(d)})" if rule != base else ""
+            more = f" ({with_error(d, '+.3f')} {verdict(d)})" if rule != base else ""
             cells.append(mean + more)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -409,7 +420,7 @@ def corrected_table(rules, base="uniform", base_at=None, tuned=False, **cell) ->
         cells = [rule, f"{len(found[rule, measures[0]])}"]
         for m in measures:
             d = found[rule, m]
-            cells.append(f"{d.mean():+.3f} ± {evidence.half_width(d):.3f}")
+            cells.append(f"{d.mean():+.3f} ± {paired(d)[2]:.3f}")
             cells += [f"{x:.4f}" for x in p[rule, m]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -420,7 +431,8 @@ def when_reached(rule: str, base="uniform", base_at=None, **cell) -> float:
     shares = np.linspace(0, 1, 501)
     both = runs(rule, **cell), runs(base, **cell | (base_at or {}))
     ours, theirs = (np.mean([at(r, shares) for r in rows], 0) for rows in both)
-    return evidence.when_reached(shares, ours, theirs[-1])
+    above = np.flatnonzero(ours >= theirs[-1])
+    return float(shares[above[0]]) if len(above) else np.inf
 
 
 # Of uniform's groups, over the whole run.
@@ -454,7 +466,7 @@ def map_table(rule="knapsack") -> str:
             d = found[bed, n, m]
             sure = p[bed, n, m] < 0.05
             said = "tie" if not sure else "win" if d.mean() > 0 else "loss"
-            line.append(f"{d.mean():+.3f} ± {evidence.half_width(d):.3f} {said}")
+            line.append(f"{d.mean():+.3f} ± {paired(d)[2]:.3f} {said}")
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
@@ -480,7 +492,7 @@ def draw(path: Path) -> None:
             label = f"sums of up to {LONGEST[bed]} digits, {silent} of uniform's groups silent"
             style = dict(color=color, marker=marker, ms=7, capsize=4, linestyle="", label=label)
             each = [aside * n / USUAL["prompts"] for n in found]  # side by side
-            halves = [evidence.half_width(d) for d in found.values()]
+            halves = [paired(d)[2] for d in found.values()]
             b.errorbar(each, [d.mean() for d in found.values()], halves, **style)
         b.axhline(0, color="#444444", lw=1)
         b.axvline(8, color=evaluate.GREY, lw=1, linestyle="--")
