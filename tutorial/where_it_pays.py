@@ -500,7 +500,8 @@ def draw(path: Path) -> None:
                    textcoords="offset points", rotation=90, va="top", ha="right", fontsize=8)  # fmt: skip
         b.set(title="The map so far, with 95% intervals", xlabel="rollouts a prompt (mean)")
         b.set(ylabel="knapsack minus uniform at the end", xlim=(2.4, 11))
-        b.set_ylim(bottom=b.get_ylim()[0] - 0.05)  # room for the legend
+        low, high = b.get_ylim()
+        b.set_ylim(bottom=low - 0.3 * (high - low))  # room for the legend
         b.set_xscale("log", base=2)
         b.set_xticks([3, 4, 6, 8], labels=["3", "4", "6", "8"])
         b.legend(fontsize=8)
