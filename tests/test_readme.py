@@ -78,17 +78,16 @@ def test_where_it_pays():
     assert said in readme, said
     said = f"32 prompts at {end(**shape_of):.3f} ({with_error(shape, '+.3f')}"
     assert said in readme, said
-    changes = set(where_it_pays.RULES) - {"uniform", "knapsack", "saving", "cheap first look"} | {
-        "hora",
-        "dapo",
-    }
-    assert len(changes) == 10
-    for name in changes:
+    others = {*where_it_pays.RULES, "hora", "dapo"} - {"uniform", "knapsack", "saving", "cheap first look"}
+    assert len(others) == 10
+    for name in others:
         assert where_it_pays.differences(name, base="knapsack", **cell).mean() < 0, name
     assert len(where_it_pays.runs("without InfoGain", **cell)) == 8
     each = [where_it_pays.runs(name, **cell) for name in ("choice among 256", "knapsack")]
     choice, ours = (np.mean([r["effective_prompts"] for r in rows]) for rows in each)
     assert choice > 2 * ours  # "doubles the mixed groups"
+    d = where_it_pays.differences("choice among 256", base="knapsack", **cell)
+    assert len(d) == 3 and f"and ends lower, {with_error(d, '+.3f')}" in readme
 
 
 def test_replay():

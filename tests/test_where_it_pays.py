@@ -125,8 +125,8 @@ def test_a_first_look_sees_every_problem_once(monkeypatch):
     assert {len(b) for b in first} == {256} and {len(b) for b in second} == {64}
 
 
-# Beta posteriors of prompts seen and unseen.
-def posteriors(rng, m):
+# A tracker that has seen each of m prompts twice.
+def tracker_of(rng, m):
     tracker = knapsack.SuccessTracker()
     s = rng.binomial(4, rng.random(m))
     for _ in range(2):
@@ -140,7 +140,7 @@ def test_a_choice_is_the_exact_knapsack(seed, monkeypatch):
     left over given to nobody."""
     monkeypatch.setattr(train, "batch_of", train.batch_of)
     rng, c = np.random.default_rng(seed), train.Config(budget=23 + seed, n_max=9)
-    tracker, ids, n = posteriors(rng, 10), [*range(10), *range(100, 106)], np.array([0, *range(2, 10)])
+    tracker, ids, n = tracker_of(rng, 10), [*range(10), *range(100, 106)], np.array([0, *range(2, 10)])
     counts = where_it_pays.choose()(tracker, ids, c)
     assert counts.sum() == c.budget and 1 not in counts and counts.max() <= c.n_max
     values = knapsack.expected_value(n, *(x[:, None] for x in tracker.posterior(ids)))  # (M, 9)

@@ -82,7 +82,7 @@ def tasks_of(bed: str, work: Path) -> str:
 
 # ---- The rules -----------------------------------------------------------------------------------------
 # The knapsack on estimate(tracker, ids), with another value than the paper's if `value` is given.
-def by(estimate=lambda tracker, ids: tracker.posterior(ids), value=None):
+def knapsack_on(estimate=lambda tracker, ids: tracker.posterior(ids), value=None):
     def allocate(tracker, ids, c):
         p = estimate(tracker, ids)
         if np.isnan(p).any():  # the paper's estimate of a prompt never seen
@@ -96,7 +96,7 @@ def by(estimate=lambda tracker, ids: tracker.posterior(ids), value=None):
 def remember_as_before():
     former = dict(discount=0.75, prior_strength=0.25, drift=0.0)
     knapsack.SuccessTracker = partial(knapsack.SuccessTracker, **former)
-    return by()
+    return train.ALLOCATORS["knapsack"]
 
 
 # The first epochs, or (0) all of them, with `times` as many prompts a step.
@@ -116,7 +116,7 @@ def widen(times: int, epochs: int) -> None:
 # Unseen prompts get so few rollouts that there is room for four times as many.
 def look_first():
     widen(4, epochs=1)
-    return by()
+    return train.ALLOCATORS["knapsack"]
 
 
 # Among four times as many prompts, each of which gets none, or 2 and more. The first two rollouts are worth,
@@ -154,7 +154,7 @@ def told(seen, samples=16):
         now.update(ids, np.bincount([r.group for r in extra], right, minlength=len(ids)), trials)
         return now.posterior(ids)
 
-    return by(estimate)
+    return knapsack_on(estimate)
 
 
 # Before step 1 the tracker is handed the first epoch of another seed's uniform run.
@@ -172,7 +172,7 @@ def warm(job: dict, work: Path):
             tracker.update(g["ids"], g["successes"], g["counts"])
         return tracker.posterior(ids)
 
-    return by(estimate)
+    return knapsack_on(estimate)
 
 
 # Every prompt weighs the same in the loss, however many rollouts it got.
@@ -186,7 +186,7 @@ def prompt_mean():
         return plain(rewards, group, **more) * (n[n > 0].mean() / n[group])
 
     grpo.group_advantages = advantages
-    return by()
+    return train.ALLOCATORS["knapsack"]
 
 
 # name: function(seen, job, work) -> what decides the counts, as in train.ALLOCATORS. It may exchange a part
@@ -196,8 +196,8 @@ RULES = {
     "yesterday's estimates": lambda *_: remember_as_before(),
     "told p": lambda seen, *_: told(seen),
     "warm start": lambda _, job, work: warm(job, work),
-    "without InfoGain": lambda *_: by(value=knapsack.prob_nonzero_gradient),
-    "no fallback": lambda *_: by(lambda tracker, ids: tracker.windowed_rate(ids)),
+    "without InfoGain": lambda *_: knapsack_on(value=knapsack.prob_nonzero_gradient),
+    "no fallback": lambda *_: knapsack_on(lambda tracker, ids: tracker.windowed_rate(ids)),
     "prompt mean": lambda *_: prompt_mean(),
     "choice among 256": lambda *_: choose(),
     "cheap first look": lambda *_: look_first(),
