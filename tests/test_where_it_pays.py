@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tutorial"))
 import compare_estimates as estimates  # noqa: E402
+import neighbours  # noqa: E402
 import where_it_pays  # noqa: E402
 from classic_control import report  # noqa: E402
 
@@ -216,6 +217,14 @@ def test_rules_run(rule, monkeypatch, tmp_path):
     assert {len(g["ids"]) for g in groups} == {wide.get(rule, 16)}
 
 
+def test_names_of_runs():
+    """Catches: a rule whose name makes no file name, as ada-1/p; two runs with the same one."""
+    rules = {*where_it_pays.RULES, *neighbours.RULES}  # some are in both
+    jobs = [dict(zip(where_it_pays.KEY, ("long", r, 64, 203, 1e-4, 0, 100), strict=True)) for r in rules]
+    slugs = {where_it_pays.slug_of(job) for job in jobs}
+    assert len(slugs) == len(jobs) and all(Path(slug).name == slug for slug in slugs)
+
+
 def test_rows_are_runs():
     """Catches: a run recorded twice; a row of a rule that the script does not know."""
     rows = where_it_pays.load()
@@ -228,7 +237,9 @@ def test_rows_are_runs():
             assert row["spent"] < full
         elif not row.get("stopped"):
             assert abs(row["spent"] - full) <= row["budget"] / 2
-        assert row["pass1"] <= row["pass4"] and row["curve"][-1][0] >= row["steps"]
+        assert row["curve"][-1][0] >= row["steps"]
+        if row["seed"] < where_it_pays.TUNING:
+            assert row["pass1"] <= row["pass4"]
 
 
 def made_up(rule, seed, level, lr=2e-4, prompts=64):
