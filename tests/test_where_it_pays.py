@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -101,17 +100,20 @@ def test_recorded_estimates():
 
 
 # ---- where it pays -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("bed", where_it_pays.LONGEST)
+@pytest.mark.parametrize("bed", where_it_pays.BEDS)
 def test_final_problems_are_fresh(bed, tmp_path):
     """Catches: problems of the last examination among those that were trained on; other lengths."""
     known = {t.prompt: t.answer for t in reward.load_tasks(where_it_pays.tasks_of(bed, tmp_path))}
     if bed == "sums":  # the same recipe as train.py's own tasks
-        assert {t.prompt for t in where_it_pays.sums(1280, 10, seed=0)} == known.keys()
-    fresh = where_it_pays.sums(1024, where_it_pays.LONGEST[bed], seed=1, known=known)
-    assert len(known) == 1280 and len({t.prompt for t in fresh} - known.keys()) == 1024
-    digits = Counter(t.prompt.count("+") + 1 for t in fresh)
-    assert max(digits) == where_it_pays.LONGEST[bed]
-    assert all(sum(map(int, p.strip("=").split("+"))) == int(a) for p, a in known.items())
+        assert {t.prompt for t in where_it_pays.problems("sums", 1280, seed=0)} == known.keys()
+    trained, held_out, n, often = where_it_pays.BEDS[bed]["problems"]
+    fresh = where_it_pays.problems(bed, n, seed=1, known=known)
+    assert len(known) == trained > held_out and often <= n
+    assert len({t.prompt for t in fresh} - known.keys()) == n
+    for t in fresh:
+        digits = [int(x) for x in t.prompt.splitlines()[-1].strip("= ").split("+")]
+        assert sum(digits) == int(t.answer)
+        assert 2 <= len(digits) <= where_it_pays.BEDS[bed].get("digits", 2)
 
 
 def test_a_first_look_sees_every_problem_once(monkeypatch):
@@ -231,7 +233,7 @@ def test_rows_are_runs():
     keys = [tuple(row[name] for name in where_it_pays.KEY) for row in rows]
     assert len(keys) == len(set(keys)) > 0
     for row in rows:
-        assert where_it_pays.rule_name(row["rule"]) and row["bed"] in where_it_pays.LONGEST
+        assert where_it_pays.rule_name(row["rule"]) and row["bed"] in where_it_pays.BEDS
         full = row["budget"] * row["steps"]
         if row["rule"] == "saving":
             assert row["spent"] < full

@@ -9,20 +9,33 @@ import json
 import random
 from pathlib import Path
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("out", type=Path)
-parser.add_argument("--tasks", type=int, default=320, help="how many, all different (320)")
-parser.add_argument("--seed", type=int, default=0)
-args = parser.parse_args()
-
 EXAMPLES = "3 + 4 = 7\n12 + 5 = 17\n26 + 31 = 57\n48 + 27 = 75\n"
-rng = random.Random(args.seed)
-answers: dict[str, str] = {}
-while len(answers) < args.tasks:
-    limit = rng.choice([10, 20, 50, 100])  # easy and hard prompts in equal parts
+
+
+def addition(rng: random.Random) -> tuple[str, str]:
+    """A prompt and its answer; easy and hard ones in equal parts."""
+    limit = rng.choice([10, 20, 50, 100])
     a, b = rng.randrange(limit), rng.randrange(limit)
-    answers[f"{EXAMPLES}{a} + {b} ="] = str(a + b)
-with args.out.open("w", encoding="utf-8") as file:
-    for prompt, answer in answers.items():
-        file.write(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
-print(f"wrote {len(answers)} additions to {args.out}")
+    return f"{EXAMPLES}{a} + {b} =", str(a + b)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tasks", type=int, default=320, help="how many, all different (320)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, answers = random.Random(args.seed), {}
+    while len(answers) < args.tasks:
+        prompt, answer = addition(rng)
+        answers[prompt] = answer
+    with args.out.open("w", encoding="utf-8") as file:
+        for prompt, answer in answers.items():
+            file.write(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
+    print(f"wrote {len(answers)} additions to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

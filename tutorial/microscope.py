@@ -201,7 +201,7 @@ def look(bed: str, budget: int, steps: int, work: Path) -> list[dict]:
     from tqdm import tqdm
 
     where_it_pays.share_keys()
-    limits = where_it_pays.TOKENS[bed]
+    limits = where_it_pays.BEDS[bed]["tokens"]
     tasks = where_it_pays.tasks_of(bed, work)
     path = "tiny"
     if steps:
@@ -214,7 +214,7 @@ def look(bed: str, budget: int, steps: int, work: Path) -> list[dict]:
             train.main(words.split())
     training, held_out = reward.split_held_out(reward.load_tasks(tasks), 256)
     known = {t.prompt for t in training + held_out}
-    fresh = where_it_pays.sums(FRESH, where_it_pays.LONGEST[bed], seed=2, known=known)
+    fresh = where_it_pays.problems(bed, FRESH, seed=2, known=known)
     model, tokenizer = rollout.load_model(rollout.resolve_model(path))
     prompts = rollout.encode_tasks(tokenizer, training + fresh)
     sampler = rollout.HFSampler(model, tokenizer, limits[0])

@@ -4,17 +4,19 @@
     python tutorial/where_it_pays.py --rules uniform hora spo --lrs 1e-4 2e-4 4e-4 --seeds 100 101
     python tutorial/where_it_pays.py --rules uniform hora spo --lrs best --seeds 0 1 2 3 4 5 6 7
 
-The embedded model practises on one of two beds:
+The embedded model practises on one of two beds, SmolLM2-135M on the third (the README says how to get it,
+as the folder smollm2):
 
-    sums   those of train.py: 2 to 10 digits
-    long   2 to 24 digits, most of which are hopeless at the start
+    sums        those of train.py: 2 to 10 digits
+    long        2 to 24 digits, most of which are hopeless at the start
+    additions   those of make_additions.py
 
 A rule is one of RULES, one of neighbours.py's, or several joined by +. A run is train.py itself, 100 steps of
---budget rollouts for 64 prompts, until it has drawn 100 times the budget. At its end the model answers 1,024
-sums of the bed's kind that no run has seen, four times each, and 256 of them 16 times. Seeds from 100 on are
-for choosing rates and go without that: `--lrs best` takes for each rule the one with the highest held-out
-success after 60% of the rollouts or more, over those seeds. A row of results/where_it_pays.jsonl is not made
-twice. One thread does a run: --workers of them go on at a time.
+--budget rollouts for 64 prompts (additions: 40 and 32), until it has drawn steps times the budget. At its end
+the model answers 1,024 (256) problems of the bed's kind that no run has seen, four times each, and a quarter
+of them 16 times. Seeds from 100 on are for choosing rates and go without that: `--lrs best` takes for each
+rule the one with the highest held-out success after 60% of the rollouts or more, over those seeds. A row of
+results/where_it_pays.jsonl is not made twice. One thread does a run: --workers of them go on at a time.
 """
 
 import argparse
@@ -39,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import neighbours  # noqa: E402
 from classic_control.report import holm, paired  # noqa: E402
+from make_additions import addition  # noqa: E402
 
 import evaluate  # noqa: E402
 import knapsack  # noqa: E402
@@ -48,34 +51,47 @@ import train  # noqa: E402
 
 RESULTS = HERE / "results" / "where_it_pays.jsonl"
 KEY = ("bed", "rule", "prompts", "budget", "lr", "seed", "steps")
-# What is compared, unless something else is asked for. Seeds from TUNING on only choose a rate.
-USUAL, TUNING = {"prompts": 64, "lr": 2e-4, "steps": 100}, 100
+TUNING = 100  # seeds from here on only choose a rate
 
 
 # ---- The beds ------------------------------------------------------------------------------------------
-LONGEST = {"sums": 10, "long": 24}  # digits of a sum
-TOKENS = {"sums": (40, 64), "long": (90, 80)}  # at most, of an answer and of a prompt
+# usual: what is compared, unless something else is asked for. tokens: at most, of an answer and of a prompt.
+# problems: to train on, and to be held out of them; fresh ones at the end, and those to answer 16 times.
+EMBEDDED = {"usual": {"prompts": 64, "lr": 2e-4, "steps": 100}, "problems": (1280, 256, 1024, 256)}
+BEDS = {
+    "sums": EMBEDDED | {"digits": 10, "tokens": (40, 64), "flags": "--eval-every 20"},
+    "long": EMBEDDED | {"digits": 24, "tokens": (90, 80), "flags": "--eval-every 20"},
+    "additions": {
+        "usual": {"prompts": 32, "lr": 1e-5, "steps": 40},
+        "problems": (320, 64, 256, 64),
+        "tokens": (5, 64),
+        "flags": "--eval-every 8 --minibatches 1 --eval-temperature 1 --model smollm2",
+    },
+}
 
 
-# n distinct sums "3+5+2=" of 2 to `longest` digits, lengths drawn evenly, none of them in `known`.
-def sums(n: int, longest: int, seed: int, known=()) -> list[reward.Task]:
+# n distinct problems of a bed, none of them in `known`. Sums "3+5+2=" have lengths drawn evenly.
+def problems(bed: str, n: int, seed: int, known=()) -> list[reward.Task]:
     rng, found = random.Random(seed), {}
     while len(found) < n:
-        digits = [rng.randint(1, 9) for _ in range(rng.randint(2, longest))]
-        prompt = "+".join(map(str, digits)) + "="
+        if bed == "additions":
+            prompt, answer = addition(rng)
+        else:
+            digits = [rng.randint(1, 9) for _ in range(rng.randint(2, BEDS[bed]["digits"]))]
+            prompt, answer = "+".join(map(str, digits)) + "=", str(sum(digits))
         if prompt not in known:
-            found[prompt] = str(sum(digits))
+            found[prompt] = answer
     return [reward.Task(f"sum-{seed}-{i}", *item) for i, item in enumerate(found.items())]
 
 
-# The 1,280 problems of a bed, as a file for --tasks; those of train.py need none.
+# The problems of a bed to train on, as a file for --tasks; those of train.py need none.
 def tasks_of(bed: str, work: Path) -> str:
     if bed == "sums":
         return "arithmetic"
-    path = work / f"{bed}.jsonl"
-    rows = [{"id": t.id, "prompt": t.prompt, "answer": t.answer} for t in sums(1280, LONGEST[bed], seed=0)]
+    path, tasks = work / f"{bed}.jsonl", problems(bed, BEDS[bed]["problems"][0], seed=0)
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
+        rows = [{"id": t.id, "prompt": t.prompt, "answer": t.answer} for t in tasks]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         evaluate.replace_file(path, lambda part: part.write_text(text))
     return str(path)
@@ -219,7 +235,7 @@ def slug_of(job: dict) -> str:
 
 
 def one(work: Path, job: dict) -> dict:
-    slug, rule = slug_of(job), job["rule"]
+    slug, rule, bed = slug_of(job), job["rule"], BEDS[job["bed"]]
     folder = work / slug
     shutil.rmtree(folder, ignore_errors=True)  # cut short, it starts again
     share_keys()
@@ -231,8 +247,9 @@ def one(work: Path, job: dict) -> dict:
     else:
         seen = neighbours.plug(rule)
     words = f"--prompts {job['prompts']} --budget {job['budget']} --lr {job['lr']} "
-    words += f"--seed {job['seed']} --steps {job['steps']} --held-out 256 --save-every 10000 "
-    words += "--max-new-tokens {} --max-prompt-tokens {} ".format(*TOKENS[job["bed"]])
+    words += f"--seed {job['seed']} --steps {job['steps']} --save-every 10000 "
+    words += "--max-new-tokens {} --max-prompt-tokens {} ".format(*bed["tokens"])
+    words += f"--held-out {bed['problems'][1]} {bed['flags']} "
     words += neighbours.FLAGS.get(rule, "").format(budget=job["budget"])
     words = [*words.split(), "--allocator", rule]
     words += ["--tasks", tasks_of(job["bed"], work), "--out", str(folder)]
@@ -283,16 +300,17 @@ def summary(folder: Path) -> dict:
     return {"curve": curve, "spent": spent[-1], "solved": rows[-1]["distinct_solved"]} | means | seconds
 
 
-# Success of a model on sums that nobody has seen.
+# Success of a model on problems that nobody has seen.
 def final(model, tokenizer, bed: str, work: Path) -> dict:
     known = {t.prompt for t in reward.load_tasks(tasks_of(bed, work))}
-    tasks = sums(1024, LONGEST[bed], seed=1, known=known)
+    *_, fresh, often = BEDS[bed]["problems"]
+    tasks = problems(bed, fresh, seed=1, known=known)
     prompts = rollout.encode_tasks(tokenizer, tasks)
-    sampler = rollout.HFSampler(model, tokenizer, TOKENS[bed][0])
+    sampler = rollout.HFSampler(model, tokenizer, BEDS[bed]["tokens"][0])
     judge = evaluate.judge_of("", "")
-    four, _ = evaluate.evaluate(sampler, tasks, prompts, judge, 4, seed=1)  # (1024, 4)
-    more, _ = evaluate.evaluate(sampler, tasks[:256], prompts, judge, 12, seed=2)  # (256, 12)
-    sixteen = np.hstack([four[:256], more])  # (256, 16)
+    four, _ = evaluate.evaluate(sampler, tasks, prompts, judge, 4, seed=1)  # (fresh, 4)
+    more, _ = evaluate.evaluate(sampler, tasks[:often], prompts, judge, 12, seed=2)  # (often, 12)
+    sixteen = np.hstack([four[:often], more])  # (often, 16)
     judge.close()
     found = {"pass1": four.mean(), "pass4": four.max(1).mean(), "pass16": sixteen.max(1).mean()}
     found |= {"never16": (sixteen.max(1) == 0).mean(), "always16": sixteen.min(1).mean()}
@@ -307,7 +325,7 @@ def load(**wanted) -> list[dict]:
 
 def runs(rule: str, **cell) -> list[dict]:
     """The compared runs of a rule, by seed: at the usual rate and shape, unless `cell` says otherwise."""
-    found = [r for r in load(rule=rule, **(USUAL | cell)) if r["seed"] < TUNING]
+    found = [r for r in load(rule=rule, **(BEDS[cell["bed"]]["usual"] | cell)) if r["seed"] < TUNING]
     return sorted(found, key=lambda r: r["seed"])
 
 
@@ -349,7 +367,8 @@ def tuning(rule: str, bed: str, budget: int) -> dict:
 # The rate (of 64 prompts, unless `shapes`) with the highest success. At a rate at which one run falls below
 # half of another's success, a run is not safe: it is none to choose.
 def best(rule: str, bed: str, budget: int, shapes: bool = False) -> dict:
-    found = {k: x for k, x in tuning(rule, bed, budget).items() if shapes or k[0] == USUAL["prompts"]}
+    usual = BEDS[bed]["usual"]
+    found = {k: x for k, x in tuning(rule, bed, budget).items() if shapes or k[0] == usual["prompts"]}
     safe = {k: np.mean(x) for k, x in found.items() if min(x) > max(x) / 2}
     if not safe:
         raise ValueError(
@@ -447,7 +466,7 @@ def silent_share(bed="long", budget=203) -> float:
 
 # The cells of a bed with at least `seeds` pairs: {budget: differences}.
 def map_cells(bed: str, rule="knapsack", measure="pass1", seeds=3) -> dict[int, np.ndarray]:
-    budgets = sorted({r["budget"] for r in load(bed=bed, **USUAL)})
+    budgets = sorted({r["budget"] for r in load(bed=bed, **BEDS[bed]["usual"])})
     found = {n: differences(rule, measure, bed=bed, budget=n) for n in budgets}
     return {n: d for n, d in found.items() if len(d) >= seeds}
 
@@ -455,17 +474,14 @@ def map_cells(bed: str, rule="knapsack", measure="pass1", seeds=3) -> dict[int, 
 def map_table(rule="knapsack") -> str:
     """Markdown: a row a cell, rule - uniform and its 95% interval; verdicts after Holm over the map."""
     found = {
-        (bed, n, m): d
-        for m in ("pass1", "way")
-        for bed in LONGEST
-        for n, d in map_cells(bed, rule, m).items()
+        (bed, n, m): d for m in ("pass1", "way") for bed in BEDS for n, d in map_cells(bed, rule, m).items()
     }
     p = dict(zip(found, holm([paired(d)[-1] for d in found.values()]), strict=True))
     lines = ["| bed | rollouts a prompt | seeds | uniform silent | uniform ends | final | on the way |"]
     lines.append("|" + " --- |" * 7)
     for bed, n, _ in [key for key in found if key[2] == "pass1"]:
         end = np.mean([r["pass1"] for r in runs("uniform", bed=bed, budget=n)])
-        line = [bed, f"{n / USUAL['prompts']:.1f}", f"{len(found[bed, n, 'way'])}"]
+        line = [bed, f"{n / BEDS[bed]['usual']['prompts']:.1f}", f"{len(found[bed, n, 'way'])}"]
         line += [f"{silent_share(bed, n):.2f}", f"{end:.3f}"]
         for m in ("pass1", "way"):
             d = found[bed, n, m]
@@ -489,14 +505,19 @@ def draw(path: Path) -> None:
         a.set(title="Few rollouts, hopeless problems: it pays", xlabel="thousand rollouts")
         a.set(ylabel="held-out success")
         a.legend()
-        looks = {"long": (evaluate.BLUE, "s", 0.97), "sums": (evaluate.ORANGE, "o", 1.03)}
-        for bed, (color, marker, aside) in looks.items():
-            found = map_cells(bed)
+        looks = {
+            "long": ("sums of up to 24 digits", evaluate.BLUE, "s", 0.97),
+            "sums": ("sums of up to 10 digits", evaluate.ORANGE, "o", 1.03),
+            "additions": ("SmolLM2's additions", "black", "D", 1.0),
+        }
+        for bed, (name, color, marker, aside) in looks.items():
+            if not (found := map_cells(bed)):
+                continue
             silent = [silent_share(bed, n) for n in found]
             silent = f"{max(silent):.0%} to {min(silent):.0%}" if len(silent) > 1 else f"{silent[0]:.0%}"
-            label = f"sums of up to {LONGEST[bed]} digits, {silent} of uniform's groups silent"
+            label = f"{name}, {silent} of uniform's groups silent"
             style = dict(color=color, marker=marker, ms=7, capsize=4, linestyle="", label=label)
-            each = [aside * n / USUAL["prompts"] for n in found]  # side by side
+            each = [aside * n / BEDS[bed]["usual"]["prompts"] for n in found]  # side by side
             halves = [paired(d)[2] for d in found.values()]
             b.errorbar(each, [d.mean() for d in found.values()], halves, **style)
         b.axhline(0, color="#444444", lw=1)
@@ -544,13 +565,13 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--beds", nargs="+", choices=LONGEST, default=["long"])
+    add("--beds", nargs="+", choices=BEDS, default=["long"])
     add("--rules", nargs="+", type=rule_name, default=["uniform", "knapsack"], metavar="RULE")
-    add("--prompts", nargs="+", type=int, default=[64], help="prompts a step")
+    add("--prompts", nargs="+", type=int, default=[None], help="prompts a step [64; additions: 32]")
     add("--budgets", nargs="+", type=int, default=[203], help="rollouts a step")
-    add("--lrs", nargs="+", type=rate, default=[2e-4], help="learning rates, or best [%(default)s]")
+    add("--lrs", nargs="+", type=rate, default=[None], help="rates, or best [2e-4; additions: 1e-5]")
     add("--seeds", nargs="+", type=int, default=[0])
-    add("--steps", nargs="+", type=int, default=[100])
+    add("--steps", nargs="+", type=int, default=[None], help="[100; additions: 40]")
     add("--work", type=Path, default=Path("runs/where_it_pays"), help="for run folders [%(default)s]")
     add("--workers", type=int, default=2, help="runs at a time [%(default)s]")
     args = parser.parse_args()
@@ -558,10 +579,12 @@ def main() -> None:
     axes = product(args.seeds, args.beds, args.budgets, args.prompts, args.lrs, args.steps, args.rules)
     jobs = []
     for seed, bed, budget, prompts, lr, steps, rule in axes:
+        usual = BEDS[bed]["usual"]
         try:
-            lr = best(rule, bed, budget)["lr"] if lr == "best" else lr
+            lr = best(rule, bed, budget)["lr"] if lr == "best" else lr or usual["lr"]
         except ValueError as error:
             parser.error(str(error))
+        prompts, steps = prompts or usual["prompts"], steps or usual["steps"]
         jobs.append(dict(zip(KEY, (bed, rule, prompts, budget, lr, seed, steps), strict=True)))
     run(jobs, args.work, args.workers)
 
