@@ -414,7 +414,7 @@ def restored(monkeypatch):
     """Whatever a rule exchanges is put back."""
     monkeypatch.setattr(train, "ALLOCATORS", dict(train.ALLOCATORS))
     names = [(grpo, n) for n in ("group_advantages", "update", "clipped_loss")]
-    for module, name in [(train, "set_up"), *names]:
+    for module, name in [(train, "set_up"), (train, "PATIENCE"), *names]:
         monkeypatch.setattr(module, name, getattr(module, name))
 
 
@@ -455,6 +455,15 @@ def test_rules_run(name, restored, main, tmp_path):
         assert metrics[0]["loss"] is None and metrics[0]["skipped_tokens"] == 1  # not all 16 are mixed
     if name == "dcpo":
         assert all(row["loss"] is not None for row in metrics)
+
+
+def test_silent_groups_that_teach(restored):
+    """Catches: a rule of single rollouts that train.py stops, as all of its groups are silent."""
+    silent = {"steps_skipped": 0, "effective_rollouts": 0.0, "all_right": 0.1}
+    neighbours.plug("neyman")
+    assert "every group was silent" in train.hopeless(20 * [silent])
+    neighbours.plug("spo-1")
+    assert train.hopeless(1000 * [silent]) is None
 
 
 def test_an_unknown_rule(restored):

@@ -453,6 +453,7 @@ def plug(name):
         if part in ADVANTAGES | FRESH_ADVANTAGES:
             rule = ADVANTAGES.get(part) or FRESH_ADVANTAGES[part]()
             grpo.group_advantages = partial(rule, seen, plain)
+            train.PATIENCE = sys.maxsize  # silent groups teach: a run without mixed ones goes on
         if part == "dcpo":
             dcpo_losses()
         elif part == "dapo":
