@@ -86,6 +86,18 @@ def test_where_it_pays():
     each = [where_it_pays.runs(name, **cell) for name in ("choice among 256", "knapsack")]
     choice, ours = (np.mean([r["effective_prompts"] for r in rows]) for rows in each)
     assert choice > 2 * ours  # "doubles the mixed groups"
+    # Single rollouts.
+    single = where_it_pays.runs("spo-1", **cell)
+    above, level = (where_it_pays.differences("spo-1", base=base, **cell) for base in ("uniform", "knapsack"))
+    assert len(above) == len(level) == 8 and (verdict(above), verdict(level)) == ("win", "tie")
+    said = f"ends at {np.mean([r['pass1'] for r in single]):.3f}, {with_error(above, '+.3f')} above uniform"
+    assert said in readme, said
+    assert f"the knapsack, {with_error(level, '+.3f')}." in readme
+    for base in ("spo-1", "knapsack"):
+        both = where_it_pays.differences("knapsack+spo", base=base, **cell)
+        assert len(both) == 8 and verdict(both) == "tie"
+    took = [np.median([r["update"] for r in rows]) for rows in (single, where_it_pays.runs("knapsack", **cell))]
+    assert took[0] > 3 * took[1]  # "several times as long"
     d = where_it_pays.differences("choice among 256", base="knapsack", **cell)
     assert len(d) == 3 and f"and ends lower, {with_error(d, '+.3f')}" in readme
 
