@@ -458,10 +458,12 @@ def test_rules_run(name, restored, main, tmp_path):
 
 
 def test_silent_groups_that_teach(restored):
-    """Catches: a rule of single rollouts that train.py stops, as all of its groups are silent."""
+    """Catches: a rule of single rollouts that train.py stops, as all of its groups are silent; one to which
+    silent groups teach nothing, and which goes on for ever."""
     silent = {"steps_skipped": 0, "effective_rollouts": 0.0, "all_right": 0.1}
-    neighbours.plug("neyman")
-    assert "every group was silent" in train.hopeless(20 * [silent])
+    for name in ("neyman", "mapo", "ada-est"):
+        neighbours.plug(name)
+        assert "every group was silent" in train.hopeless(20 * [silent])
     neighbours.plug("spo-1")
     assert train.hopeless(1000 * [silent]) is None
 

@@ -110,10 +110,12 @@ def test_final_problems_are_fresh(bed, tmp_path):
     fresh = where_it_pays.problems(bed, n, seed=1, known=known)
     assert len(known) == trained > held_out and often <= n
     assert len({t.prompt for t in fresh} - known.keys()) == n
-    for t in fresh:
-        digits = [int(x) for x in t.prompt.splitlines()[-1].strip("= ").split("+")]
-        assert sum(digits) == int(t.answer)
-        assert 2 <= len(digits) <= where_it_pays.BEDS[bed].get("digits", 2)
+    lengths = set()
+    for prompt, answer in [*known.items(), *((t.prompt, t.answer) for t in fresh)]:
+        digits = [int(x) for x in prompt.splitlines()[-1].strip("= ").split("+")]
+        assert sum(digits) == int(answer)
+        lengths.add(len(digits))
+    assert lengths == set(range(2, 1 + where_it_pays.BEDS[bed].get("digits", 2)))
 
 
 def test_a_first_look_sees_every_problem_once(monkeypatch):
@@ -205,6 +207,7 @@ def test_rules_run(rule, monkeypatch, tmp_path):
     monkeypatch.setattr(grpo, "group_advantages", grpo.group_advantages)
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
     monkeypatch.setattr(train, "ALLOCATORS", dict(train.ALLOCATORS))
+    monkeypatch.setattr(rollout.HFSampler, "tokens_in_flight", rollout.HFSampler.tokens_in_flight)
     monkeypatch.setattr(where_it_pays, "final", lambda *_: {})
     no_evaluation = {"eval_success": 0.0, "eval_success_se": 0.0}  # which takes most of the time
     monkeypatch.setattr(train, "held_out_success", lambda *_: no_evaluation)

@@ -341,9 +341,10 @@ ADVANTAGES = {
     "ada-seq": lambda seen, plain, rewards, group: ada_advantages(rewards, group, power=0),
     "ar3po": lambda seen, plain, rewards, group: ar3po_advantages(plain, rewards, group, seen.solved),
 }
-ADVANTAGES["spo-1"] = ADVANTAGES["spo"]  # 512 groups of one
+ADVANTAGES["spo-1"] = ADVANTAGES["spo"]  # groups of one
 FRESH_ADVANTAGES = {"dcpo": dcpo_with_memory}
 FLAGS = {"spo-1": "--prompts {budget} --n-min 1"}  # of train.py
+SILENT_TEACH = ("spo", "spo-1", "copo", "dcpo", "ar3po")
 OTHER = ("uniform", "paper", "knapsack", "dapo")
 RULES = [*OTHER, *dict.fromkeys([*ALLOCATIONS, *FRESH, *DRAWS, *ADVANTAGES, *FRESH_ADVANTAGES])]
 
@@ -453,7 +454,8 @@ def plug(name):
         if part in ADVANTAGES | FRESH_ADVANTAGES:
             rule = ADVANTAGES.get(part) or FRESH_ADVANTAGES[part]()
             grpo.group_advantages = partial(rule, seen, plain)
-            train.PATIENCE = sys.maxsize  # silent groups teach: a run without mixed ones goes on
+        if part in SILENT_TEACH:
+            train.PATIENCE = sys.maxsize  # a run without mixed groups goes on
         if part == "dcpo":
             dcpo_losses()
         elif part == "dapo":

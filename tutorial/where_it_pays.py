@@ -239,7 +239,7 @@ def one(work: Path, job: dict) -> dict:
     folder = work / slug
     shutil.rmtree(folder, ignore_errors=True)  # cut short, it starts again
     share_keys()
-    # A CPU's cache holds so much, and the rollouts are the same: 1,024 of them in .7 of the time.
+    # So much of the keys and values a CPU's own cache holds. The rollouts are the same.
     rollout.HFSampler.tokens_in_flight = 2**15
     if rule in RULES:
         seen = neighbours.watch()
