@@ -379,15 +379,17 @@ def test_holm(p):
 @pytest.mark.slow
 def test_runs(monkeypatch, tmp_path):
     """In processes of their own. Catches: one that does not start; rules that leak into one another; a row
-    that is made again; a rule that draws less and stays behind."""
+    that is made again; a rule that draws less and stays behind; a failure that takes others with it."""
     monkeypatch.setattr(where_it_pays, "RESULTS", tmp_path / "rows.jsonl")
     rules = ("saving", "ar3po", "uniform")
-    jobs = [dict(zip(where_it_pays.KEY, ("sums", r, 16, 256, 1e-4, 0, 2), strict=True)) for r in rules]
-    for _ in range(2):
-        where_it_pays.run(jobs, tmp_path / "work", 1)
+    tried = ("warm start", *rules)  # the first lacks the run that it starts from
+    jobs = [dict(zip(where_it_pays.KEY, ("sums", r, 16, 256, 1e-4, 0, 2), strict=True)) for r in tried]
+    for left in (4, 1):
+        with pytest.raises(SystemExit, match=f"^1 of {left} runs failed"):
+            where_it_pays.run(jobs, tmp_path / "work", 1)
     rows = where_it_pays.load()
     assert [row["rule"] for row in rows] == list(rules)
-    for row, job in zip(rows, jobs, strict=True):
+    for row, job in zip(rows, jobs[1:], strict=True):
         assert row.items() >= job.items() and row["stopped"] is None
         assert 0 < row["pass1"] < row["pass4"] < row["pass16"] < 1
         assert row["curve"][0][0] == 0 and row["curve"][-1][3] == row["spent"]

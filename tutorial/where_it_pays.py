@@ -543,12 +543,18 @@ def run(jobs: list[dict], work: Path, workers: int) -> None:
     # A fresh process for each run: what is exchanged there touches no other.
     fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
     pool = ProcessPoolExecutor(workers, **fresh)
-    futures = [pool.submit(one, work, job) for job in left]
+    futures, failed = {pool.submit(one, work, job): slug_of(job) for job in left}, []
     try:
         for done in tqdm(as_completed(futures), total=len(left), unit="run", disable=None):
-            train.log(RESULTS.parent, RESULTS.stem, done.result())
+            if error := done.exception():  # the others go on
+                failed.append(f"{futures[done]}: {error}")
+                tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
+            else:
+                train.log(RESULTS.parent, RESULTS.stem, done.result())
     finally:
         pool.shutdown(cancel_futures=True)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(left)} runs failed, as said above; their logs are in {work}")
 
 
 def rule_name(text: str) -> str:
