@@ -8,9 +8,10 @@ chance that at least one of k samples is right. Standard errors are over problem
 problems, because two samples of one problem are not two problems. Several models are compared problem
 by problem with the first: most of what makes a score vary, hard and easy problems, cancels.
 
---held-out 256 takes the problems that a training run on the same tasks held out. --out scores.json
-writes the scores there, and each completion to scores.completions.jsonl as it comes: the same command
-goes on from what is there, and ends as if nothing had happened.
+--held-out N takes the problems that a training run on the same tasks held out. N stands in the run's first
+line: a larger one takes problems that it trained on. (gsm8k, math and dapo17k are training splits.) --out
+scores.json writes the scores there, and each completion to scores.completions.jsonl as it comes: the same
+command goes on from what is there, and ends as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -138,6 +139,16 @@ def judge_of(spec: str | None, instruction: str):
     return reward.Verifier(min(8, os.cpu_count() or 1), boxed="\\boxed" in instruction)
 
 
+# A hash of what verdicts of the user's own reward depend on besides prompt, answer and text: its file, and
+# the tasks' other columns. "" without such a reward.
+def judged_by(spec: str | None, tasks) -> str:
+    if not spec:
+        return ""
+    path = Path(spec.rpartition(":")[0]).expanduser()
+    code = path.read_bytes() if path.is_file() else b""  # load_reward says that it is missing
+    return hashlib.sha256(code + repr([t.extra for t in tasks]).encode()).hexdigest()[:16]
+
+
 # ---- The command line ---------------------------------------------------------------------------------
 def parse_args(argv=None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
@@ -147,7 +158,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--model", nargs="+", type=path_or_name, default=["tiny"], help=models)
     add("--tasks", type=path_or_name, default="arithmetic", help=tasks)
     add("--samples", type=int, default=16, help="answers a problem [16]")
-    add("--held-out", type=int, metavar="N", help="only the N problems that train.py holds out")
+    add("--held-out", type=int, metavar="N", help="only the N problems that a run held out")
     add("--limit", type=int, metavar="N", help="only the first N problems")
     add("--temperature", type=float, default=0.6, help="of the sampling [0.6]")
     add("--max-new-tokens", type=int, metavar="N", help="[1024, or what the context leaves]")
@@ -203,8 +214,9 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
         limit, weights = min(limit, room), weights_of(path, config)
         # A row is what is recorded of a question. Its completions come later.
         rows = [{"model": name, "weights": weights, "id": t.id, "answer": t.answer} for t in tasks]
-        for row in rows:
-            row["prompt"] = tokenizer.decode(prompts[row["id"]])
+        for row, task in zip(rows, tasks, strict=True):
+            row["prompt"] = tokenizer.decode(prompts[task.id])
+            row |= {"judged_by": judged_by(args.reward, [task])} if args.reward else {}
         print(f"{name}, first prompt: {rows[0]['prompt']!r}")
         models.append({"path": path, "prompts": prompts, "longest": longest, "rows": rows})
     names = ("samples", "temperature", "seed", "chat", "instruction", "lenient", "reward")
@@ -232,9 +244,10 @@ def completions_file(out: Path) -> Path:
     return out.with_suffix(".completions.jsonl")
 
 
-# A question is the same if weights, prompt and answer are. Where one has changed it is asked anew.
+# A question is the same if weights, prompt, answer and what judges it are. Where one has changed it is
+# asked anew.
 def key(row: dict) -> tuple:
-    return row["weights"], row["prompt"], row["answer"]
+    return row["weights"], row["prompt"], row["answer"], row.get("judged_by")
 
 
 # {key: completions} of what is recorded; a torn last line is cut off the file. ValueError if the

@@ -21,6 +21,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import io
 import json
 import random
 import re
@@ -145,10 +146,10 @@ def _rows(name: str, suffix: str) -> list:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         text = data.decode("utf-8-sig")
         if suffix == ".csv":
-            return list(csv.DictReader(text.splitlines(keepends=True)))
+            return list(csv.DictReader(io.StringIO(text, newline="")))
         if suffix == ".json" and text.lstrip().startswith("["):
             return json.loads(text)
-        # splitlines would cut JSON at U+2028 as well.
+        # splitlines would cut at U+2028 as well.
         return [line.strip() for line in text.split("\n")]
     except Exception as error:  # of the disk, the network, Arrow, gzip, JSON
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
@@ -189,7 +190,7 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
         notes.add("answers are cut out of a text")
     keys = (asked, solved, "id")
     if not answers:  # nobody compares it with anything: it stays as it is, in extra
-        gold, keys = str(answer or ""), (asked, "id")
+        gold, keys = "" if answer is None else str(answer), (asked, "id")
     faults = {
         "prompt must be text": not isinstance(prompt, str),
         "the prompt is blank": not str(prompt).strip(),

@@ -246,7 +246,7 @@ class HFSampler:
     def sample(self, prompts: list, counts, seed: int) -> list[Rollout]:
         """counts[i] rollouts of prompts[i] (token ids), in order: R = sum(counts)."""
         # Every row draws with uniform numbers (T,) of its own, so a seed's rollouts do
-        # not depend on the batch. Rows of like prompt length run together.
+        # not depend on the batch, but for rounding. Rows of like prompt length run together.
         counts, T = check_counts(prompts, counts), self.max_new_tokens
         seeds = request_seeds(prompts, seed)
         rows = []

@@ -615,6 +615,8 @@ def prepare(c: Config) -> tuple[list, list]:
     # One split and one choice for every seed, so that seeds differ by their training alone.
     train_tasks, held_out = reward.split_held_out(tasks, n_held_out, seed=0)
     chosen = np.random.default_rng(0).permutation(len(train_tasks))[: c.limit or None]
+    limited = f" (--limit {c.limit})" if len(chosen) < len(train_tasks) else ""
+    print(f"{len(tasks):,} tasks: {len(chosen):,} to train on{limited}, {n_held_out} held out")
     return [train_tasks[i] for i in sorted(chosen)], held_out  # sorted: the file's order
 
 
@@ -664,10 +666,11 @@ def lock(out: Path):
     return file
 
 
-# What a checkpoint says of a run besides its model, when nothing has happened yet. The tasks are hashed:
-# a run goes on with those that it began with, or not at all.
+# What a checkpoint says of a run besides its model, when nothing has happened yet. The tasks are hashed,
+# and one's own reward: a run goes on with those that it began with, or not at all.
 def first_state(c: Config, train_tasks, held_out) -> dict:
-    tasks = hashlib.sha256(repr(train_tasks + held_out).encode()).hexdigest()
+    tasks = repr(train_tasks + held_out) + evaluate.judged_by(c.reward, train_tasks + held_out)
+    tasks = hashlib.sha256(tasks.encode()).hexdigest()
     return {"tasks": tasks, "step": 0, "best": (-1.0, 0)}  # step: the last one done; best: success, step
 
 
@@ -704,10 +707,12 @@ def open_old(given: dict, args) -> Run | None:
     tasks = prepare(now)
     locked, state = lock(out), first_state(now, *tasks)
     checkpoint, saved = newest_checkpoint(out)
-    used = len(tasks[0]) // c.prompts * c.prompts  # older runs hashed whole batches only
-    older = first_state(now, tasks[0][:used], tasks[1])["tasks"]
-    same = saved.get("tasks") in (None, state["tasks"], older)
-    need(same, f"--tasks {c.tasks} has changed since {checkpoint}: put it back")
+    used = len(tasks[0]) // c.prompts * c.prompts  # older runs hashed whole batches only, and no reward
+    plain = dataclasses.replace(now, reward="")
+    older = [first_state(plain, tasks[0][:n], tasks[1])["tasks"] for n in (used, None)]
+    same = saved.get("tasks") in (None, state["tasks"], *older)
+    changed = f"--tasks {c.tasks}" + (f" or --reward {c.reward}" if c.reward else "")
+    need(same, f"{changed} has changed since {checkpoint}: put it back")
     rows = out / "metrics.jsonl"
     whole = checkpoint or not rows.is_file() or not rows.stat().st_size
     need(whole, f"{out} has rows, but no whole checkpoint: it is left as it is; start a new run")
@@ -822,8 +827,9 @@ def check_model(c: Config, out: Path, model, prompts: list) -> int:
     need(fits, f"{both} exceed the model's context of {context}: lower them")
     layers = any(hasattr(m, "_can_checkpoint_with_cache") for m in model.modules())
     need(layers or not c.checkpointing, f"--model {c.model} cannot do --checkpointing: drop it")
-    # Two checkpoints (weights and two moments) and final/: the new one is whole before an old one goes.
-    size = (2 * 3 + 1) * sum(p.nbytes for p in model.parameters())
+    # Four checkpoints, of weights and two moments: the best, the last two, and the new one, which is whole
+    # before an old one goes.
+    size = 4 * 3 * sum(p.nbytes for p in model.parameters())
     free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*"))
     need(free >= size, f"--out {out}: the run needs {size / 1e9:.2g} GB of disk: make room there first")
     return longest

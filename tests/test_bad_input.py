@@ -139,6 +139,11 @@ CASES = {
     "resumed after its tasks were edited": (
         "--resume old", OLD | checkpoint(tasks="another fingerprint"), "--tasks arithmetic has changed",
     ),
+    "resumed after its reward was edited": (
+        "--resume old",
+        OLD | {"old/config.json": config(reward="mine.py:f")} | checkpoint(tasks="another fingerprint"),
+        "mine.py:f has changed since",
+    ),
     "comparing a run that is not there": ("--compare no/such/run", {}, "no config.json, metrics.jsonl"),
     "comparing with a flag for training": ("--compare old --lr 1", OLD, "--compare draws what exists"),
     "comparing a run without a step": ("--compare old", OLD, "of at least one step there"),

@@ -221,6 +221,12 @@ def test_a_reward_of_ones_own_scores_here_too(tmp_path):
     answers = [c for row in rows for c in row["completions"]]
     assert all(c["right"] == (c["text"] < "5") for c in answers)
     assert 0 < result["scores"]["avg@4"]["mean"] == np.mean([c["right"] for c in answers]) < 1
+    # Edited, it judges anew; as it was, it is believed.
+    (tmp_path / "mine.py").write_text("def half(tasks, texts):\n    return [.6] * len(texts)\n")
+    for _ in range(2):
+        (result,) = run(tmp_path / "a.json", *flags)["results"]
+        assert result["scores"]["avg@4"]["mean"] == 1
+    assert len((tmp_path / "a.completions.jsonl").read_text().splitlines()) == 1 + 2 * 20
 
 
 def test_where_a_box_is_asked_for_only_a_box_counts(monkeypatch):

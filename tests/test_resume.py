@@ -15,6 +15,7 @@ import stress_resume
 from stress_resume import EVAL_EVERY, ROOT, STEPS, differences, disturb, n_rows, rows, start
 
 import knapsack
+import reward
 import train
 
 
@@ -93,6 +94,21 @@ def test_a_finished_run_is_left_alone(calm, main):
     code, said = main("--resume", calm, "--steps", STEPS, "--out", calm)  # its own flags are no contradiction
     assert code == 0 and "nothing to resume" in said
     assert tree(calm) == before
+
+
+def test_a_run_goes_on_with_its_own_reward(tmp_path):
+    """Catches: other code, or other columns for it to read, that pass for what the run began with."""
+    code = tmp_path / "mine.py"
+    c = train.settings({"reward": f"{code}:f"})
+
+    def fingerprint(**extra):
+        return train.first_state(c, [reward.Task("a", "1+1=", "2", extra)], [])["tasks"]
+
+    code.write_text("def f(tasks, texts): ...\n")
+    first = fingerprint(unit="m")
+    assert first == fingerprint(unit="m") != fingerprint(unit="s")
+    code.write_text("def f(tasks, texts): return [1] * len(texts)\n")
+    assert first != fingerprint(unit="m")
 
 
 def test_a_run_in_use_is_left_alone(broken_off, main):

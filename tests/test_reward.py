@@ -758,6 +758,8 @@ def test_forms_of_json(tmp_path, name):
 def test_csv(tmp_path):
     (tmp_path / "sums.CSV").write_text('prompt,answer,level\n"1+1?\nSay, please.",007,3\r\n')
     assert load_tasks(tmp_path / "sums.CSV") == [Task("sums-1", "1+1?\nSay, please.", "007", {"level": "3"})]
+    (tmp_path / "one.csv").write_text("prompt,answer\nHalf\u2028of 2?,1\n")  # no quotes around the first
+    assert load_tasks(tmp_path / "one.csv") == [Task("one-1", "Half\u2028of 2?", "1")]
 
 
 def test_a_line_separator_in_a_text_is_no_new_line(tmp_path):
@@ -993,5 +995,7 @@ def test_a_reward_of_ones_own_may_need_no_answer(tmp_path):
     tasks = load_tasks(path, answers=False)
     assert [t.extra["tests"] for t in tasks] == ["f(1)", "f(2)", ["f(3)"]]
     assert tasks[2].answer == tasks[2].extra["solution"] == code
+    zero = _write(tmp_path / "n.jsonl", {"prompt": "2-2=", "answer": 0}, {"prompt": "d", "answer": False})
+    assert [t.answer for t in load_tasks(zero, answers=False)] == ["0", "False"]
     with pytest.raises(ValueError, match="needs the keys"):
         load_tasks(path)
