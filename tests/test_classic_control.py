@@ -189,6 +189,9 @@ def test_when_reached():
     assert report.when_reached(row, 0.5) == (12.5, 1.5, True)
     assert report.when_reached(row, 0.1) == (0.0, 0.0, True)
     assert report.when_reached(row, 0.9)[::2] == (30.0, False)
+    late = {"total": 30, "curve": [[0, 0.2, 0, 0], [20, 0.4, 2, 2], [40, 0.8, 4, 4]]}
+    assert report.when_reached(late, 0.5) == (25.0, 2.5, True)  # before its end, though seen after it
+    assert report.when_reached(late, 0.7) == (30.0, 3.0, False)
 
 
 @pytest.mark.parametrize("task", compare.SETTINGS)

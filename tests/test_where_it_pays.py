@@ -222,6 +222,31 @@ def test_rules_run(rule, monkeypatch, tmp_path):
     assert {len(g["ids"]) for g in groups} == {wide.get(rule, 16)}
 
 
+@pytest.mark.parametrize("end, kept", [(train.BLOWN_UP, True), ("No space left on device", False)])
+def test_ends_of_runs(end, kept, monkeypatch, tmp_path):
+    """Catches: a full disk that becomes a row, and is never made up for."""
+
+    def main(words):
+        raise SystemExit(f"train.py: stopped: {end}")
+
+    def groups_of(folder):
+        folder.mkdir()
+        (folder / "groups.jsonl").touch()
+        return {}
+
+    for module, name in ((train, "set_up"), (train, "ALLOCATORS"), (rollout.HFSampler, "tokens_in_flight")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(where_it_pays, "share_keys", lambda: None)
+    monkeypatch.setattr(where_it_pays, "summary", groups_of)
+    job = dict(zip(where_it_pays.KEY, ("sums", "uniform", 16, 130, 1e-4, 100, 2), strict=True))
+    if kept:
+        assert end in where_it_pays.one(tmp_path, job)["stopped"]
+    else:
+        with pytest.raises(SystemExit, match=end):
+            where_it_pays.one(tmp_path, job)
+
+
 def test_names_of_runs():
     """Catches: a rule whose name makes no file name, as ada-1/p; two runs with the same one."""
     rules = {*where_it_pays.RULES, *neighbours.RULES}  # some are in both
@@ -347,7 +372,7 @@ def test_older_rows_lack_the_rollouts_so_far():
     assert where_it_pays.at(new, [0.25, 1]) == pytest.approx([0.25, 0.8])
 
 
-@pytest.mark.parametrize("name", ["hora+sop", "no rule"])
+@pytest.mark.parametrize("name", ["hora+sop", "no rule", "knapsack+spo-1"])
 def test_unknown_rules(name):
     """Catches: a misspelt rule that is found out when its turn comes, hours later."""
     with pytest.raises(argparse.ArgumentTypeError, match="no rule"):

@@ -10,7 +10,7 @@ with the default, step by step; ± is the standard error of the mean difference 
 
 The recorded runs of results/ are always replayed. TRACES.jsonl holds one prompt a row, {"rates":
 [success rate at each visit], "trials_per_visit": 8}, as of a real run of Qwen2.5-Math-1.5B. The
-table goes to results/estimates.json.
+table goes to results/estimates.json, where other records stay as they are.
 """
 
 import argparse
@@ -233,7 +233,7 @@ def of_traces(path: Path, batch=128) -> list[tuple]:
         for part in np.split(order, range(batch, len(rows), batch)):
             t = np.array([rows[i]["trials_per_visit"] for i in part])
             s = np.rint([rows[i]["rates"][visit] for i in part] * t).astype(int)
-            steps.append(([rows[i]["id"] for i in part], s, t))
+            steps.append((part.tolist(), s, t))
     return steps
 
 
@@ -248,7 +248,8 @@ def main() -> None:
     if args.traces:
         records["Qwen2.5-Math-1.5B"] = of_traces(args.traces)
     ByLength.features, ByHidden.features = features()
-    result = {}
+    path = HERE / "results" / "estimates.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
     for record, steps in records.items():
         base = replay(SuccessTracker(), steps)
         known = {i for ids, _, _ in steps for i in ids} <= set(ByLength.features)
@@ -258,7 +259,7 @@ def main() -> None:
             if known or not name.startswith("prior by"):
                 row = result[record][name] = compare(replay(make(), steps), base)
                 print(f"  {name:42} {row['score']:.4f}  {row['minus_default']:+.4f} ± {row['se']:.4f}")
-    (HERE / "results" / "estimates.json").write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -211,7 +211,8 @@ def look(bed: str, budget: int, steps: int, work: Path) -> list[dict]:
             words = f"--tasks {tasks} --allocator uniform --budget {budget} --steps {steps} --lr 2e-4 "
             words += f"--out {folder} --eval-every {steps} --held-out 256 "
             words += "--max-new-tokens {} --max-prompt-tokens {}".format(*limits)
-            train.main(words.split())
+            begun = (folder / "config.json").is_file()  # and cut short
+            train.main(["--resume", str(folder)] if begun else words.split())
     training, held_out = reward.split_held_out(reward.load_tasks(tasks), 256)
     known = {t.prompt for t in training + held_out}
     fresh = where_it_pays.problems(bed, FRESH, seed=2, known=known)

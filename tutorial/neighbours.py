@@ -69,20 +69,25 @@ def hora(p, budget, n_min=2, n_max=128):
     return n_min + knapsack.solve_greedy(-none[:, n_min:], spare(len(none), budget, n_min, n_max))
 
 
-def coba(p, budget, n_min=2, n_max=128, failure=0.5, kappa=11.0, tau=1.0, low=1.5):
+def coba(p, budget, n_min=2, n_max=128, failure=None, kappa=11.0):
     """CoBA-RL (arXiv 2602.03048, Eq. 5 to 9): (1 - exp(-n p q / tau)) x density of Beta(alpha, beta) at p.
 
-    failure: mean of 1 - p over the last steps. Where it is high, alpha is: easy prompts are preferred;
-    hard ones later. alpha + beta = kappa = 11. tau and alpha's limits are not in the paper: ours."""
-    f = failure if failure > 0.5 else 1 / (1 + math.exp(-10 * (failure - 0.5)))
-    alpha = np.clip(low + (kappa - 2 * low) * f, low, kappa - low)
-    beta = kappa - alpha
+    failure: mean of 1 - p. Where it is high, alpha is: easy prompts are preferred; hard ones later. The
+    constants are those of the authors' code: alpha + beta = kappa = 11, alpha from 1 to kappa - 1, tau from
+    3 to 12 with the variance of p, no value below p = .05 and above .99. (There failure is that of the last
+    step's outcomes, and a fifth or more of what is above n_min goes to the hardest, whatever the value.)"""
+    p = np.clip(mean(p), 0.01, 0.99)
+    f = 1 - p.mean() if failure is None else failure
+    f = f if f > 0.5 else 1 / (1 + math.exp(-10 * (f - 0.5)))
+    alpha = 1 + (kappa - 2) * f
+    beta, tau = kappa - alpha, 3 + 9 * min(1, p.var() / 0.1667)
     norm = math.exp(math.lgamma(kappa) - math.lgamma(alpha) - math.lgamma(beta))
 
     def value(n, p):
-        return -np.expm1(-n * p * (1 - p) / tau) * norm * p ** (alpha - 1) * (1 - p) ** (beta - 1)
+        density = norm * p ** (alpha - 1) * (1 - p) ** (beta - 1)
+        return -np.expm1(-n * p * (1 - p) / tau) * density * ((p >= 0.05) & (p < 0.99))
 
-    return knapsack.allocate(mean(p), budget, n_min, n_max, value)
+    return knapsack.allocate(p, budget, n_min, n_max, value)
 
 
 def push(n_max, p):
@@ -224,18 +229,19 @@ def dcpo_clip(old_p, low=0.16, high=0.2):
     return lowest, (0.5 + 0.5 * (1 + 4 * high / old_p).sqrt()).clamp(max=10)
 
 
-def copo(local, rewards, group, answers, gamma=20.0, rho=1.5):
+def copo(local, rewards, group, answers, gamma=5.0, rho=1.0):
     """COPO (arXiv 2508.04138): w local + (1 - w) global, w = sigmoid(gamma (H - rho)).
 
     local (R,): the group's own advantages. global: the prompts' mean rewards, standardised over the batch,
-    the same for all rollouts of a prompt. H: entropy of a group's final answers, in nats."""
+    the same for all rollouts of a prompt. H: entropy of a group's final answers, in bits. gamma and rho are
+    those of the authors' code (soft-with-zero), and so is w = 0 for a wrong answer."""
     answers = np.asarray(answers)
     group = np.unique(group, return_inverse=True)[1]  # 0, 1, ... without a gap
     H = np.zeros(group.max() + 1)  # (M,)
     for g in range(len(H)):
         share = np.unique(answers[group == g], return_counts=True)[1] / (group == g).sum()
-        H[g] = -(share * np.log(share)).sum()
-    w = 1 / (1 + np.exp(-gamma * (H - rho)))[group]
+        H[g] = -(share * np.log2(share)).sum()
+    w = (rewards > 0) / (1 + np.exp(-gamma * (H - rho)))[group]
     means = np.bincount(group, rewards) / np.bincount(group)  # (M,)
     return w * local + (1 - w) * standardised(means)[group]
 
@@ -277,26 +283,13 @@ def majority(tasks, texts):
 
 
 # ---- 5. Their places in train.py ---------------------------------------------------------------------------
-# Rules that know before: functions (tracker, ids, config) -> counts, as in train.ALLOCATORS. Those in FRESH
-# keep something from step to step, so each run makes its own.
+# Rules that know before: functions (tracker, ids, config) -> counts, as in train.ALLOCATORS.
 def by(rule):
     return lambda tracker, ids, c: rule(tracker.posterior(ids), c.budget, c.n_min, c.n_max)
 
 
-def coba_with_memory(steps=10):
-    failures = collections.deque(maxlen=steps)  # the paper does not say how many steps
-
-    def allocate(tracker, ids, c):
-        p = tracker.estimate(ids)
-        failures.append(1 - p.mean())
-        return coba(p, c.budget, c.n_min, c.n_max, failure=float(np.mean(failures)))
-
-    return allocate
-
-
 ALLOCATIONS = {"neyman": by(neyman), "ada-est": by(ada_est), "ada-1/p": by(partial(ada_est, power=1.0))}
-ALLOCATIONS |= {"hora": by(hora), "push": by(expected_push)}
-FRESH = {"coba": coba_with_memory}
+ALLOCATIONS |= {"hora": by(hora), "coba": by(coba), "push": by(expected_push)}
 
 
 # Rules that look at outcomes: functions (draw, m, config). The first round takes at most half of the budget,
@@ -346,7 +339,7 @@ FRESH_ADVANTAGES = {"dcpo": dcpo_with_memory}
 FLAGS = {"spo-1": "--prompts {budget} --n-min 1"}  # of train.py
 SILENT_TEACH = ("spo", "spo-1", "copo", "dcpo", "ar3po")
 OTHER = ("uniform", "paper", "knapsack", "dapo")
-RULES = [*OTHER, *dict.fromkeys([*ALLOCATIONS, *FRESH, *DRAWS, *ADVANTAGES, *FRESH_ADVANTAGES])]
+RULES = [*OTHER, *dict.fromkeys([*ALLOCATIONS, *DRAWS, *ADVANTAGES, *FRESH_ADVANTAGES])]
 
 
 def watch():
@@ -447,8 +440,6 @@ def plug(name):
             raise ValueError(f"no rule {part!r}: choose from {', '.join(RULES)}")
         if part in train.ALLOCATORS | ALLOCATIONS:
             allocate = (train.ALLOCATORS | ALLOCATIONS)[part]
-        elif part in FRESH:
-            allocate = FRESH[part]()
         elif part in DRAWS:
             allocate = drawing(seen, DRAWS[part])
         if part in ADVANTAGES | FRESH_ADVANTAGES:

@@ -52,6 +52,7 @@ import train  # noqa: E402
 RESULTS = HERE / "results" / "where_it_pays.jsonl"
 KEY = ("bed", "rule", "prompts", "budget", "lr", "seed", "steps")
 TUNING = 100  # seeds from here on only choose a rate
+RESULTS_TOO = (train.BLOWN_UP, "nothing to learn from")  # how a run may end and still be a row
 
 
 # ---- The beds ------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def one(work: Path, job: dict) -> dict:
                     go_on(folder, seen, job["steps"], job["budget"])
             except SystemExit as stop:
                 stopped = str(stop.code)
-                if not stopped.startswith("train.py: stopped:"):  # weights that blew up are a result
+                if not any(end in stopped for end in RESULTS_TOO):
                     raise
     row = summary(folder) | {"minutes": round((time.perf_counter() - start) / 60, 2)}
     row["stopped"] = stopped
@@ -348,8 +349,8 @@ def verdict(differences) -> str:
     return "win" if mean > half else "loss" if mean < -half else "tie"
 
 
-# pass1, pass4, ... of a row's last model; "late" and "way": success averaged over the last three fifths of
-# the rollouts, and over all.
+# pass1, pass4, ... of a row's last model; "late" and "way": held-out success, averaged over what is seen
+# after 60% of the rollouts or more, and after each fifth.
 def score(row: dict, measure: str) -> float:
     shares = {"late": (0.6, 0.8, 1.0), "way": (0.2, 0.4, 0.6, 0.8, 1.0)}.get(measure)
     return float(at(row, shares).mean()) if shares else row[measure]
@@ -558,7 +559,9 @@ def run(jobs: list[dict], work: Path, workers: int) -> None:
 
 
 def rule_name(text: str) -> str:
-    if text not in RULES and not set(text.split("+")) <= set(neighbours.RULES):
+    parts = text.split("+")
+    joins = set(parts) <= set(neighbours.RULES) and (len(parts) == 1 or "spo-1" not in parts)
+    if text not in RULES and not joins:
         raise argparse.ArgumentTypeError(f"no rule {text!r}: {', '.join([*RULES, *neighbours.RULES])}")
     return text
 
@@ -591,7 +594,9 @@ def main() -> None:
         except ValueError as error:
             parser.error(str(error))
         prompts, steps = prompts or usual["prompts"], steps or usual["steps"]
-        jobs.append(dict(zip(KEY, (bed, rule, prompts, budget, lr, seed, steps), strict=True)))
+        job = dict(zip(KEY, (bed, rule, prompts, budget, lr, seed, steps), strict=True))
+        if job not in jobs:
+            jobs.append(job)
     run(jobs, args.work, args.workers)
 
 

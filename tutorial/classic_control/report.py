@@ -74,13 +74,14 @@ def when_reached(row: dict, target: float) -> tuple[float, float, bool]:
     """(steps, CPU seconds, whether at all). A run that never gets there counts as its whole length,
     which flatters it."""
     steps, right, cpu, _ = (np.array(x, float) for x in zip(*row["curve"], strict=True))
-    there = np.flatnonzero(right >= target)
-    if not len(there) or steps[there[0]] > row["total"]:
-        return float(row["total"]), float(np.interp(row["total"], steps, cpu)), False
-    k = there[0]
-    share = (target - right[k - 1]) / (right[k] - right[k - 1]) if k else 0.0
-    at = steps[k - 1] + share * (steps[k] - steps[k - 1]) if k else 0.0
-    return float(at), float(np.interp(at, steps, cpu)), True
+    there, at = np.flatnonzero(right >= target), np.inf
+    if len(there):
+        k = there[0]
+        share = (target - right[k - 1]) / (right[k] - right[k - 1]) if k else 0.0
+        at = steps[k - 1] + share * (steps[k] - steps[k - 1]) if k else 0.0
+    reached = at <= row["total"]  # the last evaluation lies a little beyond it
+    at = float(at if reached else row["total"])
+    return at, float(np.interp(at, steps, cpu)), reached
 
 
 def measures(rows: list[dict]) -> dict:
@@ -124,8 +125,10 @@ def t95(df: int) -> float:
 
 
 def paired(differences) -> tuple[float, float, float, float]:
-    """(mean, standard error, half of the 95% t interval, p) of differences (seeds,)."""
+    """(mean, standard error, half of the 95% t interval, p) of differences (seeds,), two at least."""
     d = np.asarray(differences, float)
+    if len(d) < 2:
+        raise ValueError(f"{len(d)} pairs of runs: two seeds are needed, of both rules")
     mean, error, df = d.mean(), d.std(ddof=1) / sqrt(len(d)), len(d) - 1
     p = student_p(mean / error, df) if error else float(mean == 0)
     return float(mean), float(error), float(t95(df) * error), p

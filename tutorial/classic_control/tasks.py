@@ -1,6 +1,6 @@
 """Two families of tasks whose variants run from easy to hopeless, and whose episodes end in success or not.
 
-    task = Reacher()                                   # or Freeway()
+    task = Reacher()                                   # or Pong()
     observation = task.start("train-07", rng)          # an episode of this variant
     observation, success, over = task.step(action)
 
