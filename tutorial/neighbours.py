@@ -205,7 +205,7 @@ def mapo(rewards, group):
 def dcpo(rewards, group, right, trials, visit):
     """DCPO (arXiv 2509.02333, Eq. 5 to 7): this step's standardisation mixed with that of all visits.
 
-    right, trials (M,): of earlier visits. visit (M,): i = 1, 2, ... From the third visit on a group that
+    right, trials (M,): of earlier visits. visit (M,): i = 1, 2, ... From the second visit on a group that
     is silent now still has A = all / i, if it was not silent before."""
 
     def scaled(p):
