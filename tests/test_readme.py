@@ -13,6 +13,7 @@ import train
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tutorial"))
 import bench_optimizer  # noqa: E402
+import neighbours  # noqa: E402
 import where_it_pays  # noqa: E402
 from classic_control.report import holm, paired  # noqa: E402
 from where_it_pays import verdict, with_error  # noqa: E402
@@ -99,6 +100,14 @@ def test_where_it_pays():
     ours = where_it_pays.runs("knapsack", **cell)
     took = [np.median([r["update"] for r in rows]) for rows in (single, ours)]
     assert took[0] > 3 * took[1]  # "several times as long"
+    # All rules of chapter 10, each at its own rate.
+    rules = [rule for rule in [*neighbours.RULES, "knapsack+spo"] if rule != "uniform"]
+    table = where_it_pays.corrected_table(rules, tuned=True, **cell)
+    lines = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+    corrected = {line[0].strip(): [float(x) for x in line[4::3]] for line in lines}
+    assert len(corrected) == 18 and {len(of) for of in corrected.values()} == {4}
+    assert [rule for rule, of in corrected.items() if min(of) < 0.05] == ["knapsack+spo"]
+    assert 0.05 < min(corrected["knapsack"]) < 0.1 and 0.05 < min(corrected["spo-1"]) < 0.1
     d = where_it_pays.differences("choice among 256", base="knapsack", **cell)
     assert len(d) == 3 and f"and ends lower, {with_error(d, '+.3f')}" in readme
 
