@@ -144,9 +144,10 @@ def judge_of(spec: str | None, instruction: str):
 def judged_by(spec: str | None, tasks) -> str:
     if not spec:
         return ""
-    path = Path(spec.rpartition(":")[0]).expanduser()
-    code = path.read_bytes() if path.is_file() else b""  # load_reward says that it is missing
-    return hashlib.sha256(code + repr([t.extra for t in tasks]).encode()).hexdigest()[:16]
+    file, _, name = spec.rpartition(":")
+    path = Path(file).expanduser()
+    need(path.is_file(), f"no function {name!r} in {file!r}: --reward FILE.py:FUNCTION")
+    return hashlib.sha256(path.read_bytes() + repr([t.extra for t in tasks]).encode()).hexdigest()[:16]
 
 
 # ---- The command line ---------------------------------------------------------------------------------

@@ -141,7 +141,9 @@ CASES = {
     ),
     "resumed after its reward was edited": (
         "--resume old",
-        OLD | {"old/config.json": config(reward="mine.py:f")} | checkpoint(tasks="another fingerprint"),
+        OLD
+        | {"old/config.json": config(reward="mine.py:f"), "mine.py": ""}
+        | checkpoint(tasks="another fingerprint"),
         "mine.py:f has changed since",
     ),
     "comparing a run that is not there": ("--compare no/such/run", {}, "no config.json, metrics.jsonl"),
