@@ -144,9 +144,9 @@ def judge_of(spec: str | None, instruction: str):
 def judged_by(spec: str | None, tasks) -> str:
     if not spec:
         return ""
-    file, _, name = spec.rpartition(":")
-    path = Path(file).expanduser()
-    need(path.is_file(), f"no function {name!r} in {file!r}: --reward FILE.py:FUNCTION")
+    path = Path(spec.rpartition(":")[0]).expanduser()
+    if not path.is_file():
+        reward.load_reward(spec)  # says so
     return hashlib.sha256(path.read_bytes() + repr([t.extra for t in tasks]).encode()).hexdigest()[:16]
 
 

@@ -827,8 +827,8 @@ def check_model(c: Config, out: Path, model, prompts: list) -> int:
     need(fits, f"{both} exceed the model's context of {context}: lower them")
     layers = any(hasattr(m, "_can_checkpoint_with_cache") for m in model.modules())
     need(layers or not c.checkpointing, f"--model {c.model} cannot do --checkpointing: drop it")
-    # Checkpoints hold weights and two moments: the best, the last two, and the new one, which is whole
-    # before an old one goes. final/ holds weights, and at most three of them stand beside it.
+    # A checkpoint holds weights and two moments. At most four stand at once: the best, the last two, and a
+    # new one, which is whole before an old one goes. final/, weights alone, stands beside three at most.
     most = min(4, 1 + -(-c.steps // c.save_every))
     size = (3 * most + (most < 4)) * sum(p.nbytes for p in model.parameters())
     free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*"))

@@ -86,7 +86,7 @@ def test_where_it_pays():
     assert len(where_it_pays.runs("without InfoGain", **cell)) == 8
     each = [where_it_pays.runs(name, **cell) for name in ("choice among 256", "knapsack")]
     choice, ours = (np.mean([r["effective_prompts"] for r in rows]) for rows in each)
-    assert choice > 2 * ours  # "doubles the mixed groups"
+    assert choice > 2 * ours  # "doubles the share of groups that are mixed"
     # Single rollouts.
     single = where_it_pays.runs("spo-1", **cell)
     above, level = (where_it_pays.differences("spo-1", base=base, **cell) for base in ("uniform", "knapsack"))

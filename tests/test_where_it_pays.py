@@ -234,8 +234,9 @@ def test_ends_of_runs(end, kept, monkeypatch, tmp_path):
         (folder / "groups.jsonl").touch()
         return {}
 
-    for module, name in ((train, "set_up"), (train, "ALLOCATORS"), (rollout.HFSampler, "tokens_in_flight")):
-        monkeypatch.setattr(module, name, getattr(module, name))
+    for owner, name in ((train, "set_up"), (rollout.HFSampler, "tokens_in_flight")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(train, "ALLOCATORS", dict(train.ALLOCATORS))
     monkeypatch.setattr(train, "main", main)
     monkeypatch.setattr(where_it_pays, "share_keys", lambda: None)
     monkeypatch.setattr(where_it_pays, "summary", groups_of)

@@ -52,7 +52,7 @@ import train  # noqa: E402
 RESULTS = HERE / "results" / "where_it_pays.jsonl"
 KEY = ("bed", "rule", "prompts", "budget", "lr", "seed", "steps")
 TUNING = 100  # seeds from here on only choose a rate
-RESULTS_TOO = (train.BLOWN_UP, "nothing to learn from")  # how a run may end and still be a row
+OUTCOMES = (train.BLOWN_UP, "nothing to learn from")  # how a run may end and still be a row
 
 
 # ---- The beds ------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def one(work: Path, job: dict) -> dict:
                     go_on(folder, seen, job["steps"], job["budget"])
             except SystemExit as stop:
                 stopped = str(stop.code)
-                if not any(end in stopped for end in RESULTS_TOO):
+                if not any(end in stopped for end in OUTCOMES):
                     raise
     row = summary(folder) | {"minutes": round((time.perf_counter() - start) / 60, 2)}
     row["stopped"] = stopped
