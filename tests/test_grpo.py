@@ -196,6 +196,8 @@ def test_sharing_is_chosen_where_it_saves_tokens():
 
     for n, P, T, wins in [(8, 45, 5, True), (1, 45, 5, False), (2, 10, 13, True), (8, 100, 1000, False)]:
         assert grpo.sharing_wins(batch(n, P, T), np.arange(n)) == wins
+        # A fifth of the tokens saved is too little for a GPU.
+        assert grpo.sharing_wins(batch(n, P, T), np.arange(n), gpu=True) == (wins and n == 8)
 
 
 def test_bfloat16_products_over_float32_weights(model):

@@ -1,5 +1,6 @@
 """What tutorial/gpu_memory.py says a GPU must hold: against real tensors on a CPU, and the README's table."""
 
+import json
 import sys
 import weakref
 from pathlib import Path
@@ -192,6 +193,23 @@ def test_the_readme():
     moments = f"{small['update']['moments'] / 1e9:.1f}"
     said = f"moments of {moments} GB; {totals[0]} while it samples and {totals[1]} in the update"
     assert said in " ".join(readme.split()), said
+
+
+def test_what_a_card_showed():
+    """The sums against the peaks of an H100. Catches: arithmetic that leaves something out."""
+    recorded = json.loads((ROOT / "tutorial/results/bench_gpu.json").read_text())
+    config, seen = qwen("1.5B"), []
+    assert recorded["parameters"] == sum(gpu_memory.parameter_sizes(config))
+    for row in recorded["update"]:
+        c = large(**{name: row[name] for name in ("checkpointing", "tokens_per_microbatch")})
+        said, peak = sum(needs(c, config)["update"].values()), row["peak_gib"] * 2**30
+        if row.get("out_of_memory"):
+            assert said > 85e9  # the card's
+        else:
+            # Long responses do not fill a microbatch to the brim.
+            assert peak <= said < (1.06 if row["response"] == 1024 else 1.12) * peak, row
+        seen.append(row.get("out_of_memory", False))
+    assert len(seen) == 9 and sum(seen) == 1
 
 
 def test_what_is_printed(capsys, loaded):

@@ -12,8 +12,10 @@ import train
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tutorial"))
+import bench_gpu_train  # noqa: E402
 import bench_optimizer  # noqa: E402
 import neighbours  # noqa: E402
+import test_memory  # noqa: E402
 import where_it_pays  # noqa: E402
 from classic_control.report import holm, paired  # noqa: E402
 from where_it_pays import verdict, with_error  # noqa: E402
@@ -110,6 +112,45 @@ def test_where_it_pays():
     assert 0.05 < min(corrected["knapsack"]) < 0.1 and 0.05 < min(corrected["spo-1"]) < 0.1
     d = where_it_pays.differences("choice among 256", base="knapsack", **cell)
     assert len(d) == 3 and f"and ends lower, {with_error(d, '+.3f')}" in readme
+
+
+def test_the_pretrained_model():
+    """What SmolLM2 gains and loses with eight rollouts a prompt; its silent groups are mostly solved ones."""
+    cell = dict(bed="additions", budget=256)
+    solved, always = (where_it_pays.differences("knapsack", k, **cell) for k in ("solved", "always16"))
+    assert verdict(solved) == "win" and verdict(always) == "loss"
+    said = f"{solved.mean():.0f} more of 256 training problems are ever solved, and {-always.mean():.2f} less"
+    assert said in " ".join(README.split())
+    for row in where_it_pays.load(bed="additions"):
+        assert row["device"] == "cuda" and row["all_right"] > row["all_wrong"]
+
+
+def test_what_a_card_showed():
+    """The paragraph about one H100, and that sharing prompts does not pay there as on a CPU."""
+    readme = " ".join(README.split())
+    step, update = (json.loads((RESULTS / f"bench_gpu{name}.json").read_text()) for name in ("_train", ""))
+    assert "H100 80GB" in step["device"] and "H100 80GB" in update["device"]
+    found = bench_gpu_train.summary(step["laps"], step["rows"])
+    seconds, speed, peak = (found[name] for name in ("seconds", "tokens_per_second", "peak_gib"))
+    said = f"takes {found['seconds_a_step']:.0f} s: {seconds['sample']:.0f} for sampling 512 responses "
+    said += f"({round(speed['sample'], -2):,} tokens/s), {seconds['update']:.0f} for the update "
+    said += f"({round(speed['update'], -2):,} tokens/s), "
+    said += f"{seconds['canary and sleep'] + seconds['wake and sync']:.1f} for vLLM to fall asleep"
+    assert said in readme, said
+    assert f"{1000 * seconds['allocate']:.0f} ms for the allocation" in readme
+    needs = test_memory.needs(test_memory.large(), test_memory.qwen("1.5B"), "vllm", card=85e9)
+    seen = [f"{peak[name] * 2**30 / 1e9:.1f}" for name in ("update", "sample")]
+    sums = [f"{sum(needs[name].values()) / 1e9:.1f}" for name in ("update", "sampling")]
+    said = "{} GB are in use in the update and {} while sampling, where the arithmetic says {} and {}"
+    assert said.format(*seen, *sums) in readme
+    whole, silent = update["update"][:2]
+    assert silent["silent"] == 0.6 and whole["rollouts"] == silent["rollouts"] == 256
+    assert f"takes {silent['seconds']:.1f} s instead of {whole['seconds']:.1f}" in readme
+    # Sharing prompts of 128 in groups of 8 saves 7 of 8 prompts, and takes longer all the same.
+    (shared,) = (row for row in update["update"] if row["shared"])
+    slower, saved = shared["seconds"] / whole["seconds"], 7 / 8 * 128 / (128 + 1024)
+    assert f"{slower:.1f}" == "1.4" and f"{saved:.1f}" == "0.1"  # grpo.sharing_wins says so
+    assert f"{1 - (1 - saved) / slower:.2f}" == "0.37"
 
 
 def test_replay():

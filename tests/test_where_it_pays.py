@@ -168,7 +168,7 @@ def test_a_choice_among_equals(monkeypatch):
 
 def test_a_warm_start(tmp_path):
     """Catches: more than the first epoch handed over, or nothing."""
-    job = dict(zip(where_it_pays.KEY, ("long", "warm start", 2, 8, 2e-4, 0, 100), strict=True))
+    job = dict(zip(where_it_pays.KEY, ("long", "warm start", 2, 8, 2e-4, 0, 100, "cpu"), strict=True))
     with pytest.raises(ValueError, match="run uniform on seed 3"):
         where_it_pays.warm(job, tmp_path)
     batches = (["a", "b"], ["c", "d"], ["b", "a"])  # the third one begins the second epoch
@@ -211,7 +211,7 @@ def test_rules_run(rule, monkeypatch, tmp_path):
     monkeypatch.setattr(where_it_pays, "final", lambda *_: {})
     no_evaluation = {"eval_success": 0.0, "eval_success_se": 0.0}  # which takes most of the time
     monkeypatch.setattr(train, "held_out_success", lambda *_: no_evaluation)
-    job = dict(zip(where_it_pays.KEY, ("sums", rule, 16, 130, 1e-4, 0, 2), strict=True))
+    job = dict(zip(where_it_pays.KEY, ("sums", rule, 16, 130, 1e-4, 0, 2, "cpu"), strict=True))
     other = tmp_path / (where_it_pays.slug_of(job | {"rule": "uniform", "seed": 3}) + ".groups.jsonl")
     other.write_text(json.dumps({"ids": ["x"], "successes": [1], "counts": [4]}) + "\n")
     row = where_it_pays.one(tmp_path, job)
@@ -240,7 +240,7 @@ def test_ends_of_runs(end, kept, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "main", main)
     monkeypatch.setattr(where_it_pays, "share_keys", lambda: None)
     monkeypatch.setattr(where_it_pays, "summary", groups_of)
-    job = dict(zip(where_it_pays.KEY, ("sums", "uniform", 16, 130, 1e-4, 100, 2), strict=True))
+    job = dict(zip(where_it_pays.KEY, ("sums", "uniform", 16, 130, 1e-4, 100, 2, "cpu"), strict=True))
     if kept:
         assert end in where_it_pays.one(tmp_path, job)["stopped"]
     else:
@@ -251,7 +251,9 @@ def test_ends_of_runs(end, kept, monkeypatch, tmp_path):
 def test_names_of_runs():
     """Catches: a rule whose name makes no file name, as ada-1/p; two runs with the same one."""
     rules = {*where_it_pays.RULES, *neighbours.RULES}  # some are in both
-    jobs = [dict(zip(where_it_pays.KEY, ("long", r, 64, 203, 1e-4, 0, 100), strict=True)) for r in rules]
+    jobs = [
+        dict(zip(where_it_pays.KEY, ("long", r, 64, 203, 1e-4, 0, 100, "cpu"), strict=True)) for r in rules
+    ]
     slugs = {where_it_pays.slug_of(job) for job in jobs}
     assert len(slugs) == len(jobs) and all(Path(slug).name == slug for slug in slugs)
 
@@ -276,7 +278,7 @@ def test_rows_are_runs():
 def made_up(rule, seed, level, lr=2e-4, prompts=64):
     """A run that has the half of its end at half time."""
     curve = [[0, 0.1, 0.01, 0], [50, level / 2, 0.01, 10_150], [100, level, 0.01, 20_300]]
-    row = dict(zip(where_it_pays.KEY, ("long", rule, prompts, 203, lr, seed, 100), strict=True))
+    row = dict(zip(where_it_pays.KEY, ("long", rule, prompts, 203, lr, seed, 100, "cpu"), strict=True))
     row |= {"spent": 20_300, "effective_rollouts": 0.4, "effective_prompts": 0.3}
     return row | {"curve": curve, "pass1": level, "pass4": level, "pass16": level}
 
@@ -289,6 +291,19 @@ def recorded(monkeypatch, tmp_path):
         where_it_pays.RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     return record
+
+
+def test_devices_are_not_mixed(recorded):
+    """Catches: a GPU's runs among a CPU's, or paired with them."""
+    rows = [made_up("uniform", s, 0.5) for s in range(3)]
+    rows += [made_up("uniform", s, 0.6) | {"device": "cuda"} for s in range(4)]
+    rows += [made_up("knapsack", s, 0.7) | {"device": "cuda"} for s in range(4)]
+    del rows[0]["device"]  # as in older rows
+    recorded(rows)
+    few = dict(bed="long", budget=203)
+    assert [r["pass1"] for r in where_it_pays.runs("uniform", **few)] == [0.5] * 3
+    assert len(where_it_pays.differences("knapsack", **few)) == 0
+    assert np.allclose(where_it_pays.differences("knapsack", device="cuda", **few), [0.1] * 4)
 
 
 def test_tables(recorded):
@@ -409,7 +424,7 @@ def test_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(where_it_pays, "RESULTS", tmp_path / "rows.jsonl")
     rules = ("saving", "ar3po", "uniform")
     tried = ("warm start", *rules)  # the first lacks the run that it starts from
-    jobs = [dict(zip(where_it_pays.KEY, ("sums", r, 16, 256, 1e-4, 0, 2), strict=True)) for r in tried]
+    jobs = [dict(zip(where_it_pays.KEY, ("sums", r, 16, 256, 1e-4, 0, 2, "cpu"), strict=True)) for r in tried]
     for left in (4, 1):
         with pytest.raises(SystemExit, match=f"^1 of {left} runs failed"):
             where_it_pays.run(jobs, tmp_path / "work", 1)

@@ -50,7 +50,7 @@ import rollout  # noqa: E402
 import train  # noqa: E402
 
 RESULTS = HERE / "results" / "where_it_pays.jsonl"
-KEY = ("bed", "rule", "prompts", "budget", "lr", "seed", "steps")
+KEY = ("bed", "rule", "prompts", "budget", "lr", "seed", "steps", "device")
 TUNING = 100  # seeds from here on only choose a rate
 OUTCOMES = (train.BLOWN_UP, "nothing to learn from")  # how a run may end and still be a row
 
@@ -240,8 +240,9 @@ def one(work: Path, job: dict) -> dict:
     folder = work / slug
     shutil.rmtree(folder, ignore_errors=True)  # cut short, it starts again
     share_keys()
-    # So much of the keys and values a CPU's own cache holds. The rollouts are the same.
-    rollout.HFSampler.tokens_in_flight = 2**15
+    if job["device"] == "cpu":
+        # So much of the keys and values a CPU's own cache holds. The rollouts are the same.
+        rollout.HFSampler.tokens_in_flight = 2**15
     if rule in RULES:
         seen = neighbours.watch()
         train.ALLOCATORS[rule] = RULES[rule](seen, job, work)
@@ -321,13 +322,19 @@ def final(model, tokenizer, bed: str, work: Path) -> dict:
 def load(**wanted) -> list[dict]:
     """The rows of results/where_it_pays.jsonl that hold these values."""
     rows = evaluate.each_row(RESULTS) if RESULTS.exists() else ()
+    rows = ({"device": "cpu"} | row for row in rows)  # older ones lack it, and are a CPU's
     return [row for row in rows if wanted.items() <= row.items()]
+
+
+# A GPU multiplies in bfloat16, a CPU in float32: other runs. They are never mixed, and a CPU's go first.
+def of_one_device(rows: list[dict]) -> list[dict]:
+    return [r for r in rows if r["device"] == min(x["device"] for x in rows)]
 
 
 def runs(rule: str, **cell) -> list[dict]:
     """The compared runs of a rule, by seed: at the usual rate and shape, unless `cell` says otherwise."""
     found = [r for r in load(rule=rule, **(BEDS[cell["bed"]]["usual"] | cell)) if r["seed"] < TUNING]
-    return sorted(found, key=lambda r: r["seed"])
+    return sorted(of_one_device(found), key=lambda r: r["seed"])
 
 
 # ---- What comes out ------------------------------------------------------------------------------------
@@ -359,9 +366,9 @@ def score(row: dict, measure: str) -> float:
 def tuning(rule: str, bed: str, budget: int) -> dict:
     """{(prompts, lr): late success of each seed} of the runs that choose a rate."""
     found = {}
-    for row in load(rule=rule, bed=bed, budget=budget):
-        if row["seed"] >= TUNING:
-            found.setdefault((row["prompts"], row["lr"]), []).append(score(row, "late"))
+    rows = [row for row in load(rule=rule, bed=bed, budget=budget) if row["seed"] >= TUNING]
+    for row in of_one_device(rows):
+        found.setdefault((row["prompts"], row["lr"]), []).append(score(row, "late"))
     return dict(sorted(found.items()))
 
 
@@ -382,7 +389,7 @@ def best(rule: str, bed: str, budget: int, shapes: bool = False) -> dict:
 # of the base's, {"prompts": 32}.
 def differences(rule: str, measure="pass1", base="uniform", base_at=None, **cell) -> np.ndarray:
     both = runs(rule, **cell), runs(base, **cell | (base_at or {}))
-    ours, theirs = ({r["seed"]: r for r in rows} for rows in both)
+    ours, theirs = ({(r["seed"], r["device"]): r for r in rows} for rows in both)
     seeds = sorted(ours.keys() & theirs.keys())
     return np.array([score(ours[s], measure) - score(theirs[s], measure) for s in seeds])
 
@@ -594,7 +601,7 @@ def main() -> None:
         except ValueError as error:
             parser.error(str(error))
         prompts, steps = prompts or usual["prompts"], steps or usual["steps"]
-        job = dict(zip(KEY, (bed, rule, prompts, budget, lr, seed, steps), strict=True))
+        job = dict(zip(KEY, (bed, rule, prompts, budget, lr, seed, steps, rollout.device()), strict=True))
         if job not in jobs:
             jobs.append(job)
     run(jobs, args.work, args.workers)

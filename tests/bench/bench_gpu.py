@@ -14,8 +14,8 @@ that; the head at response tokens only, silent rollouts not at all) plus causal 
 width x context a token, without the recomputation of checkpointing, over the update's whole time, over what a
 bfloat16 torch.mm of 8192 reaches on this device.
 
-What the memory should be on 80 GB, as arithmetic, not yet as a measurement, for 1.54e9 parameters, 28 layers
-(tutorial/gpu_memory.py; tests/test_memory.py counts its parts on a CPU):
+What the memory should be on 80 GB by arithmetic, for 1.54e9 parameters, 28 layers (tutorial/gpu_memory.py;
+tests/test_memory.py compares it with the H100's peaks of tutorial/results/bench_gpu.json):
     weights, gradients, AdamW's two moments, all float32: 1.54e9 x 16 bytes                  24.7 GB
     autocast's bfloat16 copies of the weights, which autograd keeps                           3.1 GB
     activations: 119 kB a token and layer x 29 layers x 8192 tokens a microbatch             28.2 GB
