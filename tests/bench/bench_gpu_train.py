@@ -4,9 +4,10 @@
 
 Three steps of what `python train.py --model Qwen2.5-Math-1.5B` does: 64 prompts, 512 rollouts of 1024
 tokens, 8 minibatches. vLLM samples where it is installed, and sleeps during the update. The weights are
-random and have no end-of-sequence token, so each response is of full length. The reward calls a third to
-an eighth of each group right, so no group is silent, the update computes everything, and from step 2 on
-the allocation is ragged.
+random and have no end-of-sequence token, so each response is of full length. The reward calls an eighth to
+seven eighths of each group right, so no group is silent, the update computes everything, and from step 2 on
+the allocation is ragged. (tutorial/results/bench_gpu_train.json is of a reward under which all prompts looked
+alike to the tracker: 8 rollouts each at all steps.)
 
 The memory is looked at every 50 ms, and each phase gets its peak: what all processes have in use on the
 GPU. The first step also warms up: the summary is of the others, without evaluation, saving and drawing.
@@ -35,11 +36,12 @@ AROUND = ("eval", "save", "draw")  # phases that most steps do not have
 
 
 def one_in_several(tasks, texts) -> list[bool]:
-    """The reward: the first rollout of a prompt is right, the second is not; of a long sum fewer are."""
+    """The reward: the first rollout of a prompt is right, the second is not; of the others 0 to 6 in 6."""
     # Not the text decides: most of these tokens are beyond the tokenizer's vocabulary, and have none.
     right, seen = [], Counter()
     for task in tasks:
-        right.append(seen[task.id] % (2 + len(task.prompt) // 3) == 0)
+        place = (seen[task.id] - 1) % 8  # 7 is the first rollout's, 0 the second's
+        right.append(place == 7 or 0 < place <= len(task.prompt) // 2 % 7)
         seen[task.id] += 1
     return right
 
