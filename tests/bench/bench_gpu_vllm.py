@@ -6,7 +6,7 @@ Three steps as train.py takes them, 256 rollouts of 1024 tokens for 64 prompts w
 real allocation: generate, canary, sleep, update, wake and sync. After each phase its seconds and the GPU's
 memory; the first step also warms up, the last one takes 8 minibatches. Then the last requests again, three
 times in turns: from the sampler, from a bare LLM.generate (the sampler's overhead), and from that without
-their seeds (what reproducible groups cost).
+their seeds (what reproducible groups cost) or their log-probs (what the importance weight costs).
 
 The model is made here, and has no end-of-sequence token, so each response is exactly 1024 tokens long. Its
 distributions are nearly uniform: the canary's gap is that of the arithmetic, not of a trained model's peaks.
@@ -132,13 +132,19 @@ def main() -> None:
         save(steps=[*result["steps"], what])
 
     requests = requests_of(engine, prompts, counts, 3)
-    unseeded = [p.clone() for p in requests[1]]
-    for settings in unseeded:
-        settings.seed = None
+
+    def without(name: str) -> list:
+        asked = [p.clone() for p in requests[1]]
+        for settings in asked:
+            setattr(settings, name, None)
+        return asked
+
+    unseeded, silent = without("seed"), without("logprobs")
     ways = {
         "sampler": lambda: engine.sample(prompts, counts, 3),
         "bare": lambda: engine.llm.generate(*requests, use_tqdm=False),
         "bare, no seeds": lambda: engine.llm.generate(requests[0], unseeded, use_tqdm=False),
+        "bare, no log-probs": lambda: engine.llm.generate(requests[0], silent, use_tqdm=False),
     }
     for _ in range(3):  # in turns, so that a warm card is warm for all
         for name, run in ways.items():
