@@ -277,6 +277,7 @@ def open_sampler(model: dict, settings: dict, trust: bool):
     _, tokenizer = rollout.load_config(path, trust)
     # There is no trainer beside it, so the engine may have most of the GPU.
     more = {"max_prompt_tokens": model["longest"], "gpu_memory": 0.85, "trust_remote_code": trust}
+    more["sleeps"] = False
     with rollout.loading(path):
         return rollout.VLLMSampler(path, tokenizer, *limits, **more)
 

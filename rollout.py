@@ -355,7 +355,7 @@ class VLLMSampler:
     def __init__(
         self, path: str, tokenizer, max_new_tokens: int, temperature: float = 1.0,
         max_prompt_tokens: int = 2048, gpu_memory: float = 0.4, dtype: str | None = None,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, sleeps: bool = True,
     ):  # fmt: skip
         # One process, and quiet. vLLM reads both when it is imported.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -368,7 +368,8 @@ class VLLMSampler:
         # The log-probs are of what was sampled from, temperature included.
         settings = dict(logprobs_mode="processed_logprobs", use_tqdm_on_load=False)
         if self.gpu:
-            settings |= dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
+            # An engine that can sleep must be the only one of its process.
+            settings |= dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps)
         else:
             # Prefixes are shared in whole blocks: short ones. After half a prompt vLLM
             # rewinds the random generator, which it cannot on a CPU.
@@ -393,8 +394,8 @@ class VLLMSampler:
 
         counts = check_counts(prompts, counts)
         settings = dict(temperature=self.temperature, max_tokens=self.max_new_tokens)
-        # The sampled token's log-prob alone; decoding the text below is faster.
-        settings |= dict(logprobs=0, detokenize=False)
+        # The sampled token's log-prob alone, in a list; decoding the text below is faster.
+        settings |= dict(logprobs=0, flat_logprobs=True, detokenize=False)
         inputs, params = [], []
         for ids, n, s in zip(prompts, counts, request_seeds(prompts, seed), strict=True):
             if n > 0:  # vLLM refuses 0
@@ -411,9 +412,7 @@ class VLLMSampler:
         group = np.repeat(np.arange(len(prompts)), counts)
         drawn = [o for out in outputs for o in sorted(out.outputs, key=lambda o: o.index)]
         responses = [o.token_ids for o in drawn]
-        # A dictionary a token: {id: log-prob}.
-        steps = [zip(o.logprobs, o.token_ids, strict=True) for o in drawn]
-        logps = [[at[token].logprob for at, token in step] for step in steps]
+        logps = [o.logprobs.logprobs for o in drawn]
         finished = [o.finish_reason == "stop" for o in drawn]
         return records(self.tokenizer, prompts, group, responses, logps, finished)
 

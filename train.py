@@ -32,6 +32,7 @@ import signal
 import sys
 import sysconfig
 import time
+import traceback
 import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -396,7 +397,7 @@ def asked_to_stop() -> list:
 def save_or_stop(run: Run, row: dict, stop: list, clock: Clock) -> None:
     c, step, success = run.config, row["step"], row["eval_success"]
     run.state["step"], run.recent = step, [*run.recent, row][-PATIENCE:]
-    stopping = bool(stop)  # read once: a signal from here on waits for the next step
+    stopping = bool(stop)  # a signal from here on waits for a save, and be it the next step's
     trouble = hopeless(run.recent)
     ending = step < c.steps and (stopping or trouble)
     best = success is not None and success > run.state["best"][0]  # of equal ones the first
@@ -405,6 +406,7 @@ def save_or_stop(run: Run, row: dict, stop: list, clock: Clock) -> None:
     if step % c.save_every == 0 or step == c.steps or best or ending:
         save_checkpoint(run)
         clock.lap("save")
+        ending = ending or (step < c.steps and bool(stop))
     if success is not None or ending:
         evaluate.draw_runs([run.out], run.out / "dashboard.png")
         clock.lap("draw")
@@ -458,6 +460,10 @@ def written_aside(folder: Path):
         raise
 
 
+# In a folder of its own: vLLM takes every *.safetensors beside a model's for weights.
+MOMENTS = "optimizer/moments.safetensors"
+
+
 # checkpoint/step-NNNNNN: the model, the optimizer, and the rest as JSON. No pickle: loading one
 # cannot run code. No generator and no position in the data: both follow from (seed, step).
 def save_checkpoint(run: Run) -> None:
@@ -478,7 +484,8 @@ def save_checkpoint(run: Run) -> None:
         for name in [name for name, x in flat.items() if hasattr(x, "codes")]:
             parts = vars(flat.pop(name)).items()
             flat |= {f"{name}.{of}": x for of, x in parts if torch.is_tensor(x)}
-        save_file(flat, part / "optimizer.safetensors")
+        (part / MOMENTS).parent.mkdir()
+        save_file(flat, part / MOMENTS)
         state = run.state | {"tracker": run.tracker.state_dict(), "optimizer": groups}
         state["config"] = asdict(run.config)
         (part / "state.json").write_text(json.dumps(state, default=float))  # AdamW8bit's rate is a tensor
@@ -509,7 +516,8 @@ def load_optimizer(optimizer, checkpoint: Path, groups: list) -> None:
     from safetensors.torch import load_file
 
     moments: dict[int, dict] = defaultdict(dict)
-    flat = load_file(checkpoint / "optimizer.safetensors")
+    older = checkpoint / "optimizer.safetensors"  # where runs of before had it
+    flat = load_file(older if older.exists() else checkpoint / MOMENTS)
     for name in [name for name in flat if name.endswith(".codes")]:
         from torchao.optim.subclass_8bit import OptimState8bit
 
@@ -758,6 +766,8 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
     limits = (c.max_new_tokens, c.temperature)
     if engine == "vllm":  # before the model moves to the GPU: the engine measures how much is free
         trust = {"trust_remote_code": c.trust_remote_code}
+        if checkpoint and (checkpoint / "optimizer.safetensors").exists():
+            path = str(rollout.resolve_model(c.model))  # the sync below brings the newer weights
         with rollout.loading(path):
             sampler = rollout.VLLMSampler(path, tokenizer, *limits, longest, c.gpu_memory, **trust)
     else:
@@ -853,12 +863,19 @@ def main(argv=None) -> None:
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step")
+    except RuntimeError as error:
+        sys.exit(out_of_memory(error))
     if run is None:
         return
     go_on = f"python train.py --resume {run.out}"
     try:
         with contextlib.closing(run):
-            train(run)
+            try:
+                train(run)
+            except BaseException as error:
+                # What the update held goes first: an engine that sleeps wakes up to be closed.
+                traceback.clear_frames(error.__traceback__)
+                raise
     except KeyboardInterrupt:
         sys.exit(f"interrupted; go on with: {go_on}")
     except OSError as error:
@@ -867,10 +884,15 @@ def main(argv=None) -> None:
     except (RunStopped, reward.BadReward) as error:
         sys.exit(f"train.py: stopped: {error}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported this far out
-            raise
-        less = "a lower --tokens-per-microbatch or --gpu-memory, --checkpointing, or --optimizer adamw8bit"
-        sys.exit(f"train.py: stopped: out of GPU memory; start a new run with {less}")
+        sys.exit(out_of_memory(error))
+
+
+# The line for a full GPU; torch and vLLM have errors of their own for it. Any other error is raised again.
+def out_of_memory(error: RuntimeError) -> str:
+    if "out of memory" not in str(error):
+        raise error
+    less = "a lower --tokens-per-microbatch or --gpu-memory, --checkpointing, or --optimizer adamw8bit"
+    return f"train.py: stopped: out of GPU memory; start a new run with {less}"
 
 
 if __name__ == "__main__":

@@ -569,12 +569,12 @@ def tokens_run(rollouts, batch, shared):
     return len(groups) * max(P) + sum(len(part) * lengths[part[0]] for part in slices)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_microbatches_cover_every_row_once_within_the_limit(shared):
+@pytest.mark.parametrize("shared, gpu", [(True, False), (False, False), (False, True)])
+def test_microbatches_cover_every_row_once_within_the_limit(shared, gpu):
     """Catches: a row lost where a group is cut, a budget that counts too little and runs out of memory."""
     rollouts = make_rollouts(9, sizes=(40, 1, 3, 17))
     rows = np.arange(1, len(rollouts))
-    cut = list(grpo.microbatches(rollouts, rows, 64, shared))
+    cut = list(grpo.microbatches(rollouts, rows, 64, shared, gpu))
     assert sorted(i for batch in cut for i in batch) == rows.tolist()
     for batch in cut:
         P = max(len(rollouts[i].prompt_ids) for i in batch)
@@ -582,6 +582,22 @@ def test_microbatches_cover_every_row_once_within_the_limit(shared):
             len(rollouts[i].response_ids) for i in batch
         )
         assert (tokens if shared else tokens_run(rollouts, batch, False)) <= 64
+
+
+def test_a_gpu_gets_fewer_passes():
+    """Ragged responses: rather padding than another pass, but no more tokens in one."""
+    rng = np.random.default_rng(0)
+    rollouts = [
+        Rollout(0, (1,) * 9, (1,) * int(T), (0.0,) * int(T), "") for T in rng.integers(50, 1000, size=200)
+    ]
+    few, many = (
+        [
+            tokens_run(rollouts, part, False)
+            for part in grpo.microbatches(rollouts, range(200), 8192, False, gpu)
+        ]
+        for gpu in (True, False)
+    )
+    assert len(few) < 0.75 * len(many) and max(few) <= 8192 and sum(many) <= sum(few) < 1.1 * sum(many)
 
 
 def drawn_lengths(rng):

@@ -185,8 +185,11 @@ def test_the_readme():
             flags = "does not fit" if fit is None else gpu_memory.other_flags(c, fit)
             cells.append(flags if fit is None or not flags else f"`{flags}`")
             if (name, card) == ("1.5B", 24e9):
-                assert f"python train.py --model Qwen2.5-Math-1.5B {flags}\n" in readme
-                small = gpu_memory.memory_needs(fit, "vllm", config, sizes, card)
+                assert fit is None
+                other = gpu_memory.settings_that_fit(c, "hf", config, sizes, card, card)
+                small = gpu_memory.memory_needs(other, "hf", config, sizes, card)
+                words = f"--engine hf {gpu_memory.other_flags(c, other)}"
+                assert f"python train.py --model Qwen2.5-Math-1.5B {words}\n" in readme
         line = "| " + " | ".join(cell or "as it is" for cell in cells) + " |"
         assert line in readme, line
     totals = [f"{sum(parts.values()) / 1e9:.1f}" for parts in small.values()]

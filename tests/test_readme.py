@@ -154,6 +154,11 @@ def test_what_a_card_showed():
     slower, saved = shared["seconds"] / whole["seconds"], 7 / 8 * 128 / (128 + 1024)
     assert f"{slower:.1f}" == "1.4" and f"{saved:.1f}" == "0.1"  # grpo.sharing_wins says so
     assert f"{1 - (1 - saved) / slower:.2f}" == "0.37"
+    # What a pass costs whatever is in it, in tokens: 7 rows of 1152 fit into 8192, 3 into half of that.
+    (half,) = (row for row in update["update"] if row["tokens_per_microbatch"] == 4096)
+    a_pass = (half["seconds"] - whole["seconds"]) / (-(-256 // 3) - -(-256 // 7))
+    a_token = (whole["seconds"] - -(-256 // 7) * a_pass) / (256 * (128 + 1024))
+    assert round(a_pass / a_token, -2) == 2700  # grpo.microbatches says so
 
 
 def test_replay():

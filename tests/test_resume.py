@@ -131,12 +131,12 @@ def flip(path):
 
 DAMAGE = {
     "a bit of the weights": lambda c: flip(c / "model.safetensors"),
-    "a bit of the moments": lambda c: flip(c / "optimizer.safetensors"),
+    "a bit of the moments": lambda c: flip(c / train.MOMENTS),
     "a bit of the state": lambda c: flip(c / "state.json"),
     "a bit of the tokenizer": lambda c: flip(c / "tokenizer.json"),
     "a bit of the sums": lambda c: flip(c / "SHA256SUMS"),
     "weights cut short": lambda c: (c / "model.safetensors").write_bytes(b""),
-    "no moments": lambda c: (c / "optimizer.safetensors").unlink(),
+    "no moments": lambda c: (c / train.MOMENTS).unlink(),
     "no sums": lambda c: (c / "SHA256SUMS").unlink(),
     "sums cut at a line": lambda c: (c / "SHA256SUMS").write_text(
         "".join((c / "SHA256SUMS").read_text().splitlines(True)[:-1])
@@ -171,7 +171,7 @@ def test_a_whole_checkpoint_is_whole_for_sha256sum_too(calm):
 
 def test_resume_from_damage_ends_the_same(calm, broken_off, main):
     """The newest checkpoint damaged, a row torn, one row too many: still the same run, to the bit."""
-    flip(checkpoints(broken_off)[-1] / "optimizer.safetensors")
+    flip(checkpoints(broken_off)[-1] / train.MOMENTS)
     for name in ("metrics", "groups"):
         with (broken_off / f"{name}.jsonl").open("a") as file:
             file.write('{"step": 99, "reward_')

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import signal
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,15 +106,48 @@ def test_a_log_prob_that_is_no_number_is_one_line(main, tmp_path, monkeypatch):
 def test_a_full_gpu_is_one_line(main, tmp_path, monkeypatch):
     """Catches: a traceback where a smaller batch is all that is needed; another error taken for this one."""
 
+    said = "stopped: out of GPU memory; start a new run with a lower --tokens-per-microbatch"
+    held, close = [], rollout.HFSampler.close
+
     def full(*_, **__):
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
+    def full_card(*_):
+        raise RuntimeError("CUDA Error: out of memory at csrc/cumem_allocator.cpp:131")
+
+    def closed(self):
+        held.append(held[0]())
+        close(self)
+
     monkeypatch.setattr(grpo, "update", full)
+    monkeypatch.setattr(rollout.HFSampler, "close", closed)
     error, _ = main(*SMALL, "--out", tmp_path / "run")
-    assert "stopped: out of GPU memory; start a new run with a lower --tokens-per-microbatch" in error
+    assert said in error
+    assert held[1] is None  # an engine that wakes up to be closed has room again
+    # While it is set up; in vLLM's own words.
+    with monkeypatch.context() as m:
+        m.setattr(rollout.HFSampler, "sync", full_card)
+        error, _ = main(*SMALL, "--out", tmp_path / "early")
+        assert said in error
     monkeypatch.setattr(grpo, "update", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         main(*SMALL, "--out", tmp_path / "other")
+
+
+def test_a_signal_during_a_save_ends_the_run_there(main, tmp_path, monkeypatch):
+    """Catches: a further step, which may take minutes, before a run that was just saved stops."""
+    save = train.save_checkpoint
+
+    def interrupted(run):
+        save(run)
+        if run.state["step"] == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "save_checkpoint", interrupted)
+    code, said = main(*SMALL, "--out", tmp_path / "run", "--steps", 3, "--save-every", 1)
+    assert code == 130 and "stopped after step 1; go on with" in said
 
 
 def test_a_sampler_with_other_weights_ends_the_run(main, tmp_path, monkeypatch):

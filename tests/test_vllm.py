@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,24 @@ def test_the_main_job(tmp_path):
     assert all_gone(tmp_path / "run")
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["", "an older checkpoint"])
+def test_it_goes_on(tmp_path, older):
+    """Catches: an engine that takes the optimizer's moments in a checkpoint for weights; one that goes on
+    from the model that the run began with."""
+    run = tmp_path / "run"
+    _, stderr = start(run, "--steps", 2, "--lr", 1e-3).communicate(timeout=300)
+    (last,) = (run / "checkpoint").glob("step-000002")
+    if older:
+        (last / train.MOMENTS).rename(last / "optimizer.safetensors")
+        (last / "SHA256SUMS").write_text(train.checksums(last))
+    words = [sys.executable, str(ROOT / "train.py"), "--resume", str(run), "--steps", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr + stderr
+    *_, row = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert row["step"] == 3 and row["logprob_gap"] < 1e-4
+    shutil.rmtree(run)
+
+
 def test_the_gpu_bench_runs(tmp_path):
     """Catches: a bench that no longer runs on the day there is a GPU; responses that end early."""
     bench = ROOT / "tests" / "bench" / "bench_gpu_vllm.py"
@@ -289,7 +308,7 @@ def test_the_gpu_bench_runs(tmp_path):
     bench = json.loads((tmp_path / "bench.json").read_text())
     phases = [row["phase"] for row in bench["phases"] if row["seconds"] >= 0]
     step = ["generate", "canary", "sleep", "update", "wake and sync"]
-    assert phases[4:] == [*step * 3, *["sampler", "bare", "bare, no seeds"] * 3]
+    assert phases[4:] == [*step * 3, *["sampler", "bare", "bare, no seeds", "bare, no log-probs"] * 3]
     for row in bench["steps"]:
         assert row["shortest_response"] == bench["response"] and row["grad_norm"] > 0
         assert row["logprob_gap"] < 1e-4  # and the engine held new weights each time, or sync would have said

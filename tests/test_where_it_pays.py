@@ -302,7 +302,8 @@ def test_devices_are_not_mixed(recorded):
     recorded(rows)
     few = dict(bed="long", budget=203)
     assert [r["pass1"] for r in where_it_pays.runs("uniform", **few)] == [0.5] * 3
-    assert len(where_it_pays.differences("knapsack", **few)) == 0
+    with pytest.raises(ValueError, match="name one, device="):
+        where_it_pays.differences("knapsack", **few)
     assert np.allclose(where_it_pays.differences("knapsack", device="cuda", **few), [0.1] * 4)
 
 

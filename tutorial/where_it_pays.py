@@ -252,7 +252,7 @@ def one(work: Path, job: dict) -> dict:
     words = f"--prompts {job['prompts']} --budget {job['budget']} --lr {job['lr']} "
     words += f"--seed {job['seed']} --steps {job['steps']} --save-every 10000 "
     words += "--max-new-tokens {} --max-prompt-tokens {} ".format(*bed["tokens"])
-    words += f"--held-out {bed['problems'][1]} {bed['flags']} "
+    words += f"--held-out {bed['problems'][1]} --engine hf {bed['flags']} "
     words += neighbours.FLAGS.get(rule, "").format(budget=job["budget"])
     words = [*words.split(), "--allocator", rule]
     words += ["--tasks", tasks_of(job["bed"], work), "--out", str(folder)]
@@ -392,7 +392,9 @@ def best(rule: str, bed: str, budget: int, shapes: bool = False) -> dict:
 # of the base's, {"prompts": 32}.
 def differences(rule: str, measure="pass1", base="uniform", base_at=None, **cell) -> np.ndarray:
     both = runs(rule, **cell), runs(base, **cell | (base_at or {}))
-    ours, theirs = ({(r["seed"], r["device"]): r for r in rows} for rows in both)
+    if len(devices := {r["device"] for rows in both for r in rows}) > 1:
+        raise ValueError(f"{rule} and {base} ran on {devices}: name one, device=...")
+    ours, theirs = ({r["seed"]: r for r in rows} for rows in both)
     seeds = sorted(ours.keys() & theirs.keys())
     return np.array([score(ours[s], measure) - score(theirs[s], measure) for s in seeds])
 
