@@ -108,8 +108,22 @@ def test_where_it_pays():
     lines = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
     corrected = {line[0].strip(): [float(x) for x in line[4::3]] for line in lines}
     assert len(corrected) == 18 and {len(of) for of in corrected.values()} == {4}
-    assert [rule for rule, of in corrected.items() if min(of) < 0.05] == ["knapsack+spo"]
-    assert 0.05 < min(corrected["knapsack"]) < 0.1 and 0.05 < min(corrected["spo-1"]) < 0.1
+    sure = [rule for rule, of in corrected.items() if min(of) < 0.05]
+    assert sorted(sure) == ["coba", "copo", "dapo", "dcpo", "knapsack+spo", "spo-1"]
+    assert 0.045 < min(corrected["spo-1"]) and min(corrected["knapsack"]) < 0.06  # by a hair
+    for rule, sign in (
+        ("copo", -1),
+        ("dcpo", -1),
+        ("dapo", -1),
+        ("coba", -1),
+        ("knapsack+spo", 1),
+        ("spo-1", 1),
+    ):
+        own = cell | where_it_pays.best(rule, **cell)
+        base = where_it_pays.best("uniform", **cell)
+        assert sign * where_it_pays.differences(rule, base_at=base, **own).mean() > 0
+    paper, dapo = (where_it_pays.differences(rule, base="knapsack", **cell) for rule in ("paper", "dapo"))
+    assert len(paper) == 8 and (verdict(paper), verdict(dapo)) == ("tie", "loss")
     d = where_it_pays.differences("choice among 256", base="knapsack", **cell)
     assert len(d) == 3 and f"and ends lower, {with_error(d, '+.3f')}" in readme
 
