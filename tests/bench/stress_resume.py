@@ -47,7 +47,11 @@ def differences(one: Path, other: Path) -> list[str]:
     last = sorted((one / "checkpoint").iterdir())[-1]
     best = json.loads((last / "state.json").read_text())["best"][1]
     for folder in {"final", f"checkpoint/{last.name}", f"checkpoint/step-{best:06d}"}:
-        names = [{p.name for p in (run / folder).glob("*")} for run in (one, other)]
+        files = [[p for p in (run / folder).rglob("*") if p.is_file()] for run in (one, other)]
+        names = [
+            {str(p.relative_to(run / folder)) for p in of}
+            for run, of in zip((one, other), files, strict=True)
+        ]
         same = names[0] == names[1] and len(names[0]) > 4
         same = same and all(
             filecmp.cmp(one / folder / n, other / folder / n, shallow=False) for n in names[0]
