@@ -276,8 +276,8 @@ def open_sampler(model: dict, settings: dict, trust: bool):
         return rollout.HFSampler(weights.to(rollout.device()), tokenizer, *limits)
     _, tokenizer = rollout.load_config(path, trust)
     # There is no trainer beside it, so the engine may have most of the GPU.
-    more = {"max_prompt_tokens": model["longest"], "gpu_memory": 0.85, "trust_remote_code": trust}
-    more["sleeps"] = False
+    more = {"gpu_memory": 0.85, "sleeps": False}
+    more |= {"max_prompt_tokens": model["longest"], "trust_remote_code": trust}
     with rollout.loading(path):
         return rollout.VLLMSampler(path, tokenizer, *limits, **more)
 

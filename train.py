@@ -397,16 +397,15 @@ def asked_to_stop() -> list:
 def save_or_stop(run: Run, row: dict, stop: list, clock: Clock) -> None:
     c, step, success = run.config, row["step"], row["eval_success"]
     run.state["step"], run.recent = step, [*run.recent, row][-PATIENCE:]
-    stopping = bool(stop)  # a signal from here on waits for a save, and be it the next step's
     trouble = hopeless(run.recent)
-    ending = step < c.steps and (stopping or trouble)
+    ending = step < c.steps and (bool(stop) or trouble)
     best = success is not None and success > run.state["best"][0]  # of equal ones the first
     if best:
         run.state["best"] = (success, step)
     if step % c.save_every == 0 or step == c.steps or best or ending:
         save_checkpoint(run)
         clock.lap("save")
-        ending = ending or (step < c.steps and bool(stop))
+        ending = ending or (step < c.steps and bool(stop))  # a signal may have come meanwhile
     if success is not None or ending:
         evaluate.draw_runs([run.out], run.out / "dashboard.png")
         clock.lap("draw")
@@ -460,8 +459,8 @@ def written_aside(folder: Path):
         raise
 
 
-# In a folder of its own: vLLM takes every *.safetensors beside a model's for weights.
-MOMENTS = "optimizer/moments.safetensors"
+# In a folder of its own: vLLM takes every *.safetensors beside a model's for weights. Where it was before.
+MOMENTS, OLDER = "optimizer/moments.safetensors", "optimizer.safetensors"
 
 
 # checkpoint/step-NNNNNN: the model, the optimizer, and the rest as JSON. No pickle: loading one
@@ -516,8 +515,7 @@ def load_optimizer(optimizer, checkpoint: Path, groups: list) -> None:
     from safetensors.torch import load_file
 
     moments: dict[int, dict] = defaultdict(dict)
-    older = checkpoint / "optimizer.safetensors"  # where runs of before had it
-    flat = load_file(older if older.exists() else checkpoint / MOMENTS)
+    flat = load_file(checkpoint / (OLDER if (checkpoint / OLDER).exists() else MOMENTS))
     for name in [name for name in flat if name.endswith(".codes")]:
         from torchao.optim.subclass_8bit import OptimState8bit
 
@@ -766,7 +764,7 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
     limits = (c.max_new_tokens, c.temperature)
     if engine == "vllm":  # before the model moves to the GPU: the engine measures how much is free
         trust = {"trust_remote_code": c.trust_remote_code}
-        if checkpoint and (checkpoint / "optimizer.safetensors").exists():
+        if checkpoint and (checkpoint / OLDER).exists():
             path = str(rollout.resolve_model(c.model))  # the sync below brings the newer weights
         with rollout.loading(path):
             sampler = rollout.VLLMSampler(path, tokenizer, *limits, longest, c.gpu_memory, **trust)

@@ -214,6 +214,14 @@ def test_what_a_card_showed():
         seen.append(row.get("out_of_memory", False))
     assert len(seen) == 9 and sum(seen) == 1
 
+    # On the whole card, beside a sleeping vLLM: prompts of 4 to 20 tokens, so 7 rows a microbatch.
+    recorded = json.loads((ROOT / "tutorial/results/bench_gpu_train.json").read_text())
+    tokens = 7 * (recorded["response"] + 20)
+    assert round(tokens, -2) == 7300 and 8192 // (recorded["response"] + 4) == 7
+    said = sum(needs(large(tokens_per_microbatch=tokens), config)["update"].values())
+    beside = recorded["summary"]["peak_gib"]["update"] * 2**30 - said
+    assert 2.5e9 < beside < needs(large(), config, "vllm")["update"]["beside them"] == 3e9
+
 
 def test_what_is_printed(capsys, loaded):
     """Catches: a warning whose flags are no flags, or do not help."""

@@ -109,18 +109,12 @@ def test_where_it_pays():
     corrected = {line[0].strip(): [float(x) for x in line[4::3]] for line in lines}
     assert len(corrected) == 18 and {len(of) for of in corrected.values()} == {4}
     sure = [rule for rule, of in corrected.items() if min(of) < 0.05]
-    assert sorted(sure) == ["coba", "copo", "dapo", "dcpo", "knapsack+spo", "spo-1"]
+    signs = {"coba": -1, "copo": -1, "dapo": -1, "dcpo": -1, "knapsack+spo": 1, "spo-1": 1}
+    assert sorted(sure) == sorted(signs)
     assert 0.045 < min(corrected["spo-1"]) and min(corrected["knapsack"]) < 0.06  # by a hair
-    for rule, sign in (
-        ("copo", -1),
-        ("dcpo", -1),
-        ("dapo", -1),
-        ("coba", -1),
-        ("knapsack+spo", 1),
-        ("spo-1", 1),
-    ):
+    base = where_it_pays.best("uniform", **cell)
+    for rule, sign in signs.items():
         own = cell | where_it_pays.best(rule, **cell)
-        base = where_it_pays.best("uniform", **cell)
         assert sign * where_it_pays.differences(rule, base_at=base, **own).mean() > 0
     paper, dapo = (where_it_pays.differences(rule, base="knapsack", **cell) for rule in ("paper", "dapo"))
     assert len(paper) == 8 and (verdict(paper), verdict(dapo)) == ("tie", "loss")

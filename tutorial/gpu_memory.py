@@ -63,7 +63,8 @@ def memory_needs(c, engine: str, text, sizes: list, card: float) -> dict[str, di
     logits = min(2**28, V * max(c.tokens_per_microbatch, c.max_new_tokens))  # 2**28: grpo's chunk
     passes = copies | {"activations": max(c.tokens_per_microbatch, longest) * kept}
     passes |= {"logits": 8 * logits + 4 * V * H}  # two float32 arrays, and the head's gradient once more
-    beside = {"the sleeping engine": 3e9} if engine == "vllm" else {}  # as one H100 had it
+    # A sleeping engine and CUDA's own share: on one H100 a little less.
+    beside = {"beside them": 3e9} if engine == "vllm" else {}
     # AdamW takes its step on all parameters at once, with an array of their size; in 8 bits one by one.
     step = {"the step's array": 4 * n if c.optimizer == "adamw" else 0}
     return {

@@ -16,7 +16,8 @@ A rule is one of RULES, one of neighbours.py's, or several joined by +. A run is
 the model answers 1,024 (256) problems of the bed's kind that no run has seen, four times each, and a quarter
 of them 16 times. Seeds from 100 on are for choosing rates and go without that: `--lrs best` takes for each
 rule the one with the highest held-out success after 60% of the rollouts or more, over those seeds. A row of
-results/where_it_pays.jsonl is not made twice. One thread does a run: --workers of them go on at a time.
+results/where_it_pays.jsonl is not made twice. One thread does a run: --workers of them go on at a time. Where
+there is a GPU it is used, and the rows say so.
 """
 
 import argparse
@@ -331,7 +332,8 @@ def load(**wanted) -> list[dict]:
 
 # A GPU multiplies in bfloat16, a CPU in float32: other runs. They are never mixed, and a CPU's go first.
 def of_one_device(rows: list[dict]) -> list[dict]:
-    return [r for r in rows if r["device"] == min(x["device"] for x in rows)]
+    device = "cpu" if any(r["device"] == "cpu" for r in rows) else "cuda"
+    return [r for r in rows if r["device"] == device]
 
 
 def runs(rule: str, **cell) -> list[dict]:
@@ -543,7 +545,7 @@ def draw(path: Path) -> None:
         b.set_ylim(bottom=low - 0.3 * (high - low))  # room for the legend
         b.set_xscale("log", base=2)
         b.set_xticks([3, 4, 6, 8], labels=["3", "4", "6", "8"])
-        b.legend(fontsize=8)
+        b.legend(fontsize=7)
 
 
 def run(jobs: list[dict], work: Path, workers: int) -> None:

@@ -39,6 +39,10 @@ def rows(path: Path) -> list[dict]:
     ]
 
 
+def files_in(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
 def differences(one: Path, other: Path) -> list[str]:
     """What two finished runs do not have in common. A run that was asked to stop saved where it stopped, so
     its next to last checkpoint may be another one; the last and the best must be there."""
@@ -47,11 +51,7 @@ def differences(one: Path, other: Path) -> list[str]:
     last = sorted((one / "checkpoint").iterdir())[-1]
     best = json.loads((last / "state.json").read_text())["best"][1]
     for folder in {"final", f"checkpoint/{last.name}", f"checkpoint/step-{best:06d}"}:
-        files = [[p for p in (run / folder).rglob("*") if p.is_file()] for run in (one, other)]
-        names = [
-            {str(p.relative_to(run / folder)) for p in of}
-            for run, of in zip((one, other), files, strict=True)
-        ]
+        names = [files_in(run / folder) for run in (one, other)]
         same = names[0] == names[1] and len(names[0]) > 4
         same = same and all(
             filecmp.cmp(one / folder / n, other / folder / n, shallow=False) for n in names[0]
