@@ -127,7 +127,7 @@ class SuccessTracker:
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state_dict, bit for bit."""
         for name in ("discount", "prior_strength", "drift", "shift"):
-            setattr(self, name, state.get(name, 0.0))  # older ones lack drift
+            setattr(self, name, state[name])
         self._row = {i: row for row, i in enumerate(state["ids"])}
         self._seen = np.array(state["seen"], float)
 

@@ -76,7 +76,7 @@ class Config:
     tasks: str = setting("arithmetic", "math", "arithmetic, a file of rows, or a hub name")
     limit: int = setting(0, 2048, "train on so many of the tasks, always the same ones (0: on all)", 0)
     reward: str = setting("", "", "your own reward, FILE.py:FUNCTION (see reward.py)")
-    instruction: str = setting("", None, "text after each prompt; None: \\boxed{} please for hub tasks")
+    instruction: str = setting("", None, "text after each prompt; unless given, hub tasks ask for \\boxed{}")
     chat: bool = setting(False, False, "wrap prompts in the model's chat template")
     chat_template_kwargs: str = setting("{}", "{}", 'JSON for that template, as {"enable_thinking": false}')
     trust_remote_code: bool = setting(False, False, "run code that comes with the model")
@@ -274,7 +274,8 @@ def canary(model, rollouts, c: Config, token_logprobs) -> float:
         raise RunStopped(f"the model's log-probs are not finite; {BLOWN_UP}")
     with torch.no_grad():
         ours = token_logprobs(model, few, c.temperature).cpu().numpy()  # (tokens,)
-    gap, bound = float(np.abs(ours - sampled).mean()), CANARY_BOUND[model.device.type]
+    gap = float(np.abs(ours - sampled).mean())
+    bound = CANARY_BOUND[model.device.type] / min(1, c.temperature)  # which magnifies rounding
     if not gap < bound:
         far = f"{gap:.3g} nats from the trainer's on average (bound {bound})"
         raise RunStopped(
@@ -366,7 +367,7 @@ PATIENCE = 20  # steps without a gradient
 # Why a run with these newest metrics rows should end, or None.
 def hopeless(rows) -> str | None:
     rows = list(rows)
-    if len(rows) >= 3 and all(r["steps_skipped"] for r in rows[-3:]):
+    if len(rows) >= 3 and all(r["steps_skipped"] and r["loss"] is None for r in rows[-3:]):
         return f"the loss or its gradient was not finite three steps in a row; {BLOWN_UP}"
     if len(rows) < PATIENCE or any(r["effective_rollouts"] for r in rows):
         return None  # there was a gradient
@@ -459,8 +460,8 @@ def written_aside(folder: Path):
         raise
 
 
-# In a folder of its own: vLLM takes every *.safetensors beside a model's for weights. Where it was before.
-MOMENTS, OLDER = "optimizer/moments.safetensors", "optimizer.safetensors"
+# In a folder of its own: vLLM takes every *.safetensors beside a model's for weights.
+MOMENTS = "optimizer/moments.safetensors"
 
 
 # checkpoint/step-NNNNNN: the model, the optimizer, and the rest as JSON. No pickle: loading one
@@ -490,7 +491,7 @@ def save_checkpoint(run: Run) -> None:
         (part / "state.json").write_text(json.dumps(state, default=float))  # AdamW8bit's rate is a tensor
     # Only now do older ones go: all but the last two and the best.
     steps = sorted(folder.glob("step-??????"))  # whole ones have no suffix
-    broken = {path for path in folder.iterdir() if path.suffix}  # .part and .damaged
+    broken = {path for path in folder.iterdir() if path.suffix in (".part", ".damaged")}
     for old in {*steps[:-2], *broken} - {folder / f"step-{best:06d}"}:
         shutil.rmtree(old)
 
@@ -502,7 +503,7 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
         sums = path / "SHA256SUMS"
         if path.suffix == "" and sums.is_file() and sums.read_bytes() == checksums(path).encode():
             return path, json.loads((path / "state.json").read_text())
-        if path.suffix != ".damaged":
+        if path.suffix in ("", ".part"):
             print(f"{path.name} is damaged or half-written: going on from the checkpoint before")
             shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
             path.rename(path.with_suffix(".damaged"))
@@ -515,7 +516,7 @@ def load_optimizer(optimizer, checkpoint: Path, groups: list) -> None:
     from safetensors.torch import load_file
 
     moments: dict[int, dict] = defaultdict(dict)
-    flat = load_file(checkpoint / (OLDER if (checkpoint / OLDER).exists() else MOMENTS))
+    flat = load_file(checkpoint / MOMENTS)
     for name in [name for name in flat if name.endswith(".codes")]:
         from torchao.optim.subclass_8bit import OptimState8bit
 
@@ -571,7 +572,7 @@ def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
         add(flag(f.name), type=READ.get(f.name, type(tiny)), default=argparse.SUPPRESS, help=text)
     path = evaluate.file_path
     add("--out", type=path, help="run folder [runs/MODEL-ALLOCATOR-seedSEED]")
-    add("--resume", type=path, metavar="DIR", help="go on with the run in DIR")
+    add("--resume", type=path, metavar="DIR", help="go on with the run in DIR; --steps may rise")
     add("--compare", type=path, nargs="+", metavar="RUN", help="draw runs on one picture, --out PNG")
     args = parser.parse_args(argv)
     names = [f.name for f in dataclasses.fields(Config)]
@@ -697,14 +698,19 @@ def open_new(c: Config, wanted: Path | None) -> Run:
         raise
 
 
+# What may change when a run goes on, besides more steps: of its numbers only the rounding does.
+MEMORY = ("tokens_per_microbatch", "checkpointing", "gpu_memory")
+
+
 # The run to resume, from its newest whole checkpoint; None if it is finished.
 def open_old(given: dict, args) -> Run | None:
     out, c = args.resume, read_config(args.resume)
     need(args.out in (None, out), "--resume goes on in its own folder: drop --out")
     trusted = given.get("trust_remote_code") or not c.trust_remote_code
     need(trusted, f"--resume {out} would run the model's code: add --trust-remote-code if you do")
-    longer = given.get("steps", 0) > c.steps  # the one setting that may change
-    now = dataclasses.replace(c, steps=given["steps"]) if longer else c
+    longer = given.get("steps", 0) > c.steps
+    changed = {k: v for k, v in given.items() if k in MEMORY or (k == "steps" and longer)}
+    now = dataclasses.replace(c, **changed)
     other = [f"{flag(k)} {getattr(c, k)} (not {v})" for k, v in given.items() if v != getattr(now, k)]
     need(not other, f"--resume {out}: the run has {', '.join(other)}: drop that, or start a new run")
     if (out / "final").is_dir() and not longer:
@@ -713,22 +719,20 @@ def open_old(given: dict, args) -> Run | None:
     tasks = prepare(now)
     locked, state = lock(out), first_state(now, *tasks)
     checkpoint, saved = newest_checkpoint(out)
-    used = len(tasks[0]) // c.prompts * c.prompts  # older runs hashed whole batches only, and no reward
-    plain = dataclasses.replace(now, reward="")
-    older = [first_state(plain, tasks[0][:n], tasks[1])["tasks"] for n in (used, None)]
-    same = saved.get("tasks") in (None, state["tasks"], *older)
-    changed = f"--tasks {c.tasks}" + (f" or --reward {c.reward}" if c.reward else "")
-    need(same, f"{changed} has changed since {checkpoint}: put it back")
+    same = saved.get("tasks") in (None, state["tasks"])
+    either = f"--tasks {c.tasks}" + (f" or --reward {c.reward}" if c.reward else "")
+    need(same, f"{either} has changed since {checkpoint}: put it back")
     rows = out / "metrics.jsonl"
     whole = checkpoint or not rows.is_file() or not rows.stat().st_size
     need(whole, f"{out} has rows, but no whole checkpoint: it is left as it is; start a new run")
     # Edited by hand, it would not be the same run any more. (Older runs hold relative paths.)
-    was = {k: READ.get(k, lambda text: text)(v) for k, v in saved.pop("config", {}).items() if k != "steps"}
-    edited = [flag(k) for k, v in was.items() if v != getattr(c, k, v)]
+    was = {k: READ.get(k, lambda text: text)(v) for k, v in saved.pop("config", {}).items()}
+    edited = [flag(k) for k, v in was.items() if v != getattr(c, k, v) and k not in {"steps", *MEMORY}]
     need(not edited, f"{out}/config.json has changed: {', '.join(edited)}: put it back")
     run = set_up(now, out, locked, *tasks, checkpoint, state | saved)
     if longer:
         shutil.rmtree(out / "final", ignore_errors=True)  # first: config.json then says why
+    if changed:
         save_config(out, now)
     return run
 
@@ -764,8 +768,6 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
     limits = (c.max_new_tokens, c.temperature)
     if engine == "vllm":  # before the model moves to the GPU: the engine measures how much is free
         trust = {"trust_remote_code": c.trust_remote_code}
-        if checkpoint and (checkpoint / OLDER).exists():
-            path = str(rollout.resolve_model(c.model))  # the sync below brings the newer weights
         with rollout.loading(path):
             sampler = rollout.VLLMSampler(path, tokenizer, *limits, longest, c.gpu_memory, **trust)
     else:
@@ -813,7 +815,8 @@ def usable(c: Config, train_tasks, held_out, prompts) -> tuple[list, list]:
         long = f"{len(prompts) - len(fits)} tasks have prompts of more than {c.max_prompt_tokens} tokens"
         print(f"{long} and are left out; --max-prompt-tokens takes them in")
     per_epoch, left_over = divmod(len(train_tasks), c.prompts)
-    need(per_epoch and held_out, f"{len(train_tasks)} tasks do not fill a batch: raise --max-prompt-tokens")
+    few = f"{len(train_tasks)} tasks to train on and {len(held_out)} held out are"
+    need(per_epoch and held_out, f"{few} too few with prompts this short: raise --max-prompt-tokens")
     if left_over:
         print(f"{left_over} training tasks do not fill a batch of {c.prompts} and are left out")
     visits, used = c.steps / per_epoch, per_epoch * c.prompts
@@ -837,8 +840,9 @@ def check_model(c: Config, out: Path, model, prompts: list) -> int:
     need(layers or not c.checkpointing, f"--model {c.model} cannot do --checkpointing: drop it")
     # A checkpoint holds weights and two moments. At most four stand at once: the best, the last two, and a
     # new one, which is whole before an old one goes. final/, weights alone, stands beside three at most.
-    most = min(4, 1 + -(-c.steps // c.save_every))
-    size = (3 * most + (most < 4)) * sum(p.nbytes for p in model.parameters())
+    most = min(4, -(-c.steps // c.save_every) + -(-c.steps // c.eval_every))
+    moments = 2 if c.optimizer == "adamw" else 0.6  # 8 bits and their scales, of a weight's 32
+    size = ((1 + moments) * most + (most < 4)) * sum(p.nbytes for p in model.parameters())
     free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*"))
     need(free >= size, f"--out {out}: the run needs {size / 1e9:.2g} GB of disk: make room there first")
     return longest
@@ -860,9 +864,9 @@ def main(argv=None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted before the first step")
+        sys.exit("interrupted while loading")
     except RuntimeError as error:
-        sys.exit(out_of_memory(error))
+        sys.exit(out_of_memory(error, "start again"))
     if run is None:
         return
     go_on = f"python train.py --resume {run.out}"
@@ -882,15 +886,17 @@ def main(argv=None) -> None:
     except (RunStopped, reward.BadReward) as error:
         sys.exit(f"train.py: stopped: {error}")
     except RuntimeError as error:
-        sys.exit(out_of_memory(error))
+        sys.exit(out_of_memory(error, go_on))
 
 
 # The line for a full GPU; torch and vLLM have errors of their own for it. Any other error is raised again.
-def out_of_memory(error: RuntimeError) -> str:
+def out_of_memory(error: RuntimeError, then: str) -> str:
     if "out of memory" not in str(error):
         raise error
-    less = "a lower --tokens-per-microbatch or --gpu-memory, --checkpointing, or --optimizer adamw8bit"
-    return f"train.py: stopped: out of GPU memory; start a new run with {less}"
+    less = "a lower --tokens-per-microbatch or --gpu-memory, or --checkpointing"
+    return (
+        f"train.py: stopped: out of GPU memory: {then} with {less}; a new run may have --optimizer adamw8bit"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Nothing is lost: kills, damaged checkpoints, failed writes; then the same end as if nothing had been."""
 
+import dataclasses
 import fcntl
 import json
 import random
@@ -199,6 +200,26 @@ def test_the_first_model_is_not_needed_any_more(main, tmp_path):
     shutil.rmtree(tmp_path / "model")
     code, said = main("--resume", tmp_path / "run", "--steps", 2)
     assert code == 0 and "resuming after step 1" in said
+
+
+def test_a_run_goes_on_with_less_memory(calm, broken_off, main):
+    """Catches: a run that ran out of memory and is lost; another setting that changes with those that may;
+    what somebody else put beside the checkpoints deleted."""
+    last, final = checkpoints(broken_off)[-2:]
+    shutil.rmtree(final)
+    shutil.copytree(last, kept := last.with_suffix(".keep"))
+    (notes := last.with_name("notes.txt")).write_text("the good one")
+    less = ["--tokens-per-microbatch", 256, "--checkpointing"]
+    error, _ = main("--resume", broken_off, *less, "--n-max", 9)
+    assert "the run has --n-max" in error
+    assert main("--resume", broken_off, *less)[0] == 0
+    c = train.read_config(broken_off)
+    assert c == dataclasses.replace(train.read_config(calm), tokens_per_microbatch=256, checkpointing=True)
+    assert kept.is_dir() and notes.is_file()
+    first = int(last.name[-6:])  # the row after it: rounding has not yet changed anything
+    ours, theirs = (rows(out / "metrics.jsonl")[first + 1] for out in (broken_off, calm))
+    assert ours["reward_mean"] == theirs["reward_mean"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
 def test_missing_rows_are_not_made_up(broken_off, main):

@@ -60,10 +60,11 @@ def test_one_good_step_is_no_reason_to_stop():
 
 def test_three_steps_that_were_not_taken_end_the_run():
     """Catches: a run that goes on for hours while no update is ever taken."""
-    good = {"all_right": 0, "effective_rollouts": 0.5, "steps_skipped": 0}
-    skipped = good | {"steps_skipped": 1}
+    good = {"all_right": 0, "effective_rollouts": 0.5, "steps_skipped": 0, "loss": 0.1}
+    skipped = good | {"steps_skipped": 2, "loss": None}
     assert "not finite three steps in a row" in train.hopeless([good, skipped, skipped, skipped])
     assert train.hopeless([skipped, skipped, good, skipped, skipped]) is None
+    assert train.hopeless([good | {"steps_skipped": 1}] * 3) is None  # one minibatch of several
 
 
 def test_weights_that_blow_up_are_named_and_not_saved(main, tmp_path, monkeypatch):
@@ -106,7 +107,7 @@ def test_a_log_prob_that_is_no_number_is_one_line(main, tmp_path, monkeypatch):
 def test_a_full_gpu_is_one_line(main, tmp_path, monkeypatch):
     """Catches: a traceback where a smaller batch is all that is needed; another error taken for this one."""
 
-    said = "stopped: out of GPU memory; start a new run with a lower --tokens-per-microbatch"
+    said = "stopped: out of GPU memory: {} with a lower --tokens-per-microbatch"
     held, close = [], rollout.HFSampler.close
 
     def full(*_, **__):
@@ -124,13 +125,13 @@ def test_a_full_gpu_is_one_line(main, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "update", full)
     monkeypatch.setattr(rollout.HFSampler, "close", closed)
     error, _ = main(*SMALL, "--out", tmp_path / "run")
-    assert said in error
+    assert said.format(f"python train.py --resume {tmp_path / 'run'}") in error
     assert held[1] is None  # an engine that wakes up to be closed has room again
     # While it is set up; in vLLM's own words.
     with monkeypatch.context() as m:
         m.setattr(rollout.HFSampler, "sync", full_card)
         error, _ = main(*SMALL, "--out", tmp_path / "early")
-        assert said in error
+        assert said.format("start again") in error
     monkeypatch.setattr(grpo, "update", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         main(*SMALL, "--out", tmp_path / "other")

@@ -159,7 +159,7 @@ def true_gradient(model, rollouts, right) -> np.ndarray:
     return total
 
 
-def slopes(model, rollouts, truth: np.ndarray, step=1e-3) -> np.ndarray:
+def slopes(model, rollouts, truth: np.ndarray, step=1e-4) -> np.ndarray:
     """(R,) how fast the log-prob of each whole response rises as the weights move along truth / |truth|."""
     import torch
 
