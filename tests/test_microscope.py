@@ -115,8 +115,12 @@ def test_gradients():
     # The truth: of 40 problems with two answers each, one right.
     pool = [[replace(drawn[0], group=0), replace(drawn[1], group=0)] for _ in range(40)]
     right = np.tile([1.0, 0.0], (40, 1))
-    one = microscope.true_gradient(model, pool[:1], right[:1])
-    assert np.allclose(microscope.true_gradient(model, pool, right), one, atol=1e-5)
+    (one,) = microscope.true_gradient(model, pool[:1], right[:1])
+    assert np.allclose(sum(microscope.true_gradient(model, pool, right)), one, atol=1e-5)
+    # Who holds it: all alike, or one problem alone.
+    assert microscope.tail(model, pool * 5, np.tile(right, (5, 1))) == pytest.approx(0.01, rel=1e-3)
+    right[1:] = 1
+    assert microscope.tail(model, pool * 5, np.vstack([right, np.ones((160, 2))])) == 1
 
 
 def test_recorded_rows():

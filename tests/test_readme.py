@@ -122,6 +122,26 @@ def test_where_it_pays():
     assert len(d) == 3 and f"and ends lower, {with_error(d, '+.3f')}" in readme
 
 
+def test_two_heights():
+    """A quarter more rollouts on the long sums; what lies between the ends of the runs on the short ones."""
+    readme = " ".join(README.split())
+    four = dict(bed="long", budget=256)
+    ours, base = ([r["pass1"] for r in where_it_pays.runs(x, **four)] for x in ("knapsack", "uniform"))
+    assert len(ours) == len(base) == 8 and f"to {np.mean(base):.3f} on the long sums" in readme
+    assert np.mean(ours) < np.mean(
+        [r["pass1"] for r in where_it_pays.runs("knapsack", bed="long", budget=203)]
+    )
+    short, upper = dict(bed="sums", budget=512), {}
+    for rule in ("uniform", "knapsack", "cheap first look"):
+        ends = [r["pass1"] for r in where_it_pays.runs(rule, **short)]
+        assert len(ends) == 8 and not any(0.885 < x < 0.915 for x in ends)
+        upper[rule] = sum(x > 0.9 for x in ends)
+    assert upper == {"uniform": 1, "knapsack": 5, "cheap first look": 5}
+    for row in where_it_pays.runs("cheap first look", **short):
+        assert min(row["hardest"], key=row["hardest"].get) == "0+3"
+        assert ("4+6" in row["hardest"]) == (row["pass1"] < 0.9)
+
+
 def test_the_pretrained_model():
     """What SmolLM2 gains and loses with eight rollouts a prompt; its silent groups are mostly solved ones."""
     cell = dict(bed="additions", budget=256)

@@ -438,3 +438,15 @@ def test_runs(monkeypatch, tmp_path):
     saving, ar3po, uniform = rows
     assert uniform["spent"] == saving["spent"] == 512  # an epoch lasts longer: no prompt is known yet
     assert abs(ar3po["spent"] - 512) <= 128 and ar3po["curve"][-1][0] > 2
+
+
+def test_the_hardest_steps(tmp_path):
+    """By hand. Catches: steps of the first two thirds; rollouts counted where rates are; a total's tens."""
+    tasks = [("a", "7+8+5=", "20"), ("b", "7+8=", "15"), ("c", "1+1=", "2")]
+    rows = [{"id": i, "prompt": prompt, "answer": answer} for i, prompt, answer in tasks]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    old = {"ids": ["a", "b", "c"], "successes": [0, 0, 0], "counts": [4, 4, 4]}
+    new = old | {"successes": [2, 2, 8], "counts": [8, 2, 8]}
+    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in (old, old, new)))
+    found = where_it_pays.hardest("long", tmp_path / "groups.jsonl", tmp_path)
+    assert found == {"5+5": 0.25, "7+8": 0.625, "1+1": 1.0} and next(iter(found)) == "5+5"

@@ -16,6 +16,7 @@ noise. A row of results/microscope.jsonl holds:
     length     of a batch's gradient; `details` prints it as a multiple of uniform's
     live       the share of rollouts in mixed groups
     truth      the cosine of the true gradient's two halves: how well it is known itself
+    tail       the share of its problems' squared lengths that the heaviest 1% of them hold
 
 The part along the true gradient needs no gradient. Each answer's share of it is the slope of its log-prob as
 the weights move that way, by finite differences; a batch's is a sum of those, weighted by the advantages.
@@ -147,16 +148,21 @@ def answered(sampler, judge, prompts, tasks, n, seed):
     return rollouts, np.concatenate(right)
 
 
-# The gradient of mean success: each answer against the mean of the other ones.
-def true_gradient(model, rollouts, right) -> np.ndarray:
-    total = 0
-    for k in range(0, len(rollouts), 32):
-        some = [dataclasses.replace(r, group=g) for g, of in enumerate(rollouts[k : k + 32]) for r in of]
+# The gradient of mean success: each answer against the mean of the other ones. By parts of so many problems.
+def true_gradient(model, rollouts, right, problems=32):
+    for k in range(0, len(rollouts), problems):
+        of_each = enumerate(rollouts[k : k + problems])
+        some = [dataclasses.replace(r, group=g) for g, of in of_each for r in of]
         group = np.array([r.group for r in some])
-        A = grpo.group_advantages(right[k : k + 32].ravel(), group, clip=1e9, kind="leave-one-out")
+        A = grpo.group_advantages(right[k : k + problems].ravel(), group, clip=1e9, kind="leave-one-out")
         tokens = sum(len(r.response_ids) for r in some)
-        total = total + gradient(model, some, A) * tokens / right.size
-    return total
+        yield gradient(model, some, A) * tokens / right.size
+
+
+# The share of all problems' squared lengths that the heaviest 1% of them hold: 0.01 if all are alike.
+def tail(model, rollouts, right) -> float:
+    squared = sorted(float(g @ g) for g in true_gradient(model, rollouts, right, problems=1))
+    return sum(squared[-(len(squared) // 100) :]) / sum(squared)
 
 
 def slopes(model, rollouts, truth: np.ndarray, step=1e-4) -> np.ndarray:
@@ -223,9 +229,10 @@ def look(bed: str, budget: int, steps: int, work: Path) -> list[dict]:
         rollouts, rewards = answered(sampler, judge, prompts, fresh, EACH, 70_000)
         pool, right = answered(sampler, judge, prompts, training, ANSWERS, 9_000)
     half = FRESH // 2
-    halves = [true_gradient(model, rollouts[k : k + half], rewards[k : k + half]) for k in (0, half)]
+    halves = [sum(true_gradient(model, rollouts[k : k + half], rewards[k : k + half])) for k in (0, half)]
     truth = halves[0] + halves[1]
     alike = float(halves[0] @ halves[1] / np.prod([np.linalg.norm(h) for h in halves]))
+    heavy = tail(model, rollouts, rewards)
     drawn_from = [r for of in pool for r in of[TOLD:]]
     slope = slopes(model, drawn_from, truth).reshape(len(pool), ANSWERS - TOLD)
     tokens = np.array([len(r.response_ids) for r in drawn_from]).reshape(slope.shape)
@@ -258,7 +265,7 @@ def look(bed: str, budget: int, steps: int, work: Path) -> list[dict]:
             )
         row = {"bed": bed, "budget": budget, "steps": steps, "rule": name, "kind": kind, "mean_of": of}
         row |= numbers(many, along, squared, total)
-        row |= {"live": float(np.mean(live)), "p": float(right.mean()), "truth": alike}
+        row |= {"live": float(np.mean(live)), "p": float(right.mean()), "truth": alike, "tail": heavy}
         found.append(
             {k: round(x, 4) if isinstance(x, float) and k != "length" else x for k, x in row.items()}
         )

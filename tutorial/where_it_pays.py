@@ -270,6 +270,8 @@ def one(work: Path, job: dict) -> dict:
                     raise
     row = summary(folder) | {"minutes": round((time.perf_counter() - start) / 60, 2)}
     row["stopped"] = stopped
+    if job["bed"] != "additions":
+        row["hardest"] = hardest(job["bed"], folder / "groups.jsonl", work)
     if job["device"] == "cuda":
         row["gpu"] = torch.cuda.get_device_name()
     if job["seed"] < TUNING:
@@ -304,6 +306,21 @@ def summary(folder: Path) -> dict:
     means = {name: round(float(np.mean([r[name] for r in rows])), 4) for name in shares}
     seconds = {k: round(sum(r[f"time_{k}"] for r in rows), 1) for k in ("allocate", "sample", "update")}
     return {"curve": curve, "spent": spent[-1], "solved": rows[-1]["distinct_solved"]} | means | seconds
+
+
+# The three steps of a sum that a run is worst at: the units of the total so far, plus a digit. Their score is
+# the success rate of the sums they are part of, over the last third of the run.
+def hardest(bed: str, groups: Path, work: Path) -> dict[str, float]:
+    tasks, rates = reward.load_tasks(tasks_of(bed, work)), {}
+    digits = {t.id: [int(d) for d in t.prompt.strip("=").split("+")] for t in tasks}
+    steps = list(evaluate.each_row(groups))
+    for g in steps[-(len(steps) // 3) :]:
+        for i, right, n in zip(g["ids"], g["successes"], g["counts"], strict=True):
+            totals = np.cumsum(digits[i])  # 7, 15, ... of 7+8+...
+            for step in {f"{total % 10}+{d}" for total, d in zip(totals, digits[i][1:], strict=False)}:
+                rates.setdefault(step, []).append(right / n)
+    means = {step: round(float(np.mean(x)), 3) for step, x in rates.items()}
+    return dict(sorted(means.items(), key=lambda item: item[1])[:3])
 
 
 # Success of a model on problems that nobody has seen.
