@@ -317,7 +317,8 @@ def hardest(bed: str, groups: Path, work: Path) -> dict[str, float]:
     for g in steps[-(len(steps) // 3) :]:
         for i, right, n in zip(g["ids"], g["successes"], g["counts"], strict=True):
             totals = np.cumsum(digits[i])  # 7, 15, ... of 7+8+...
-            for step in {f"{total % 10}+{d}" for total, d in zip(totals, digits[i][1:], strict=False)}:
+            steps_of = {f"{total % 10}+{d}" for total, d in zip(totals, digits[i][1:], strict=False)}
+            for step in steps_of if n else ():
                 rates.setdefault(step, []).append(right / n)
     means = {step: round(float(np.mean(x)), 3) for step, x in rates.items()}
     return dict(sorted(means.items(), key=lambda item: item[1])[:3])
