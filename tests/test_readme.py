@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tutorial"))
 import bench_gpu_train  # noqa: E402
 import bench_optimizer  # noqa: E402
+import microscope  # noqa: E402
 import neighbours  # noqa: E402
 import test_memory  # noqa: E402
 import where_it_pays  # noqa: E402
@@ -125,12 +126,10 @@ def test_where_it_pays():
 def test_two_heights():
     """A quarter more rollouts on the long sums; what lies between the ends of the runs on the short ones."""
     readme = " ".join(README.split())
-    four = dict(bed="long", budget=256)
-    ours, base = ([r["pass1"] for r in where_it_pays.runs(x, **four)] for x in ("knapsack", "uniform"))
-    assert len(ours) == len(base) == 8 and f"to {np.mean(base):.3f} on the long sums" in readme
-    assert np.mean(ours) < np.mean(
-        [r["pass1"] for r in where_it_pays.runs("knapsack", bed="long", budget=203)]
-    )
+    pairs = [("uniform", 256), ("knapsack", 256), ("knapsack", 203)]
+    ends = [[r["pass1"] for r in where_it_pays.runs(x, bed="long", budget=n)] for x, n in pairs]
+    assert {len(x) for x in ends} == {8} and np.mean(ends[1]) < np.mean(ends[2])
+    assert f"uniform from 0.146 to {np.mean(ends[0]):.3f}," in readme
     short, upper = dict(bed="sums", budget=512), {}
     for rule in ("uniform", "knapsack", "cheap first look"):
         ends = [r["pass1"] for r in where_it_pays.runs(rule, **short)]
@@ -140,6 +139,19 @@ def test_two_heights():
     for row in where_it_pays.runs("cheap first look", **short):
         assert min(row["hardest"], key=row["hardest"].get) == "0+3"
         assert ("4+6" in row["hardest"]) == (row["pass1"] < 0.9)
+
+
+def test_under_the_microscope():
+    """Where the knapsack wins its batches point better, where it ties they do not."""
+    plain = dict(kind="scaled", mean_of="tokens")
+    for bed, budget, steps in microscope.BEDS:
+        cell = dict(bed=bed, budget=budget, steps=steps) | plain
+        ours, base = (microscope.load(rule=rule, **cell)[0] for rule in ("knapsack", "uniform"))
+        far = (ours["cosine"] - base["cosine"]) / np.hypot(ours["se"], base["se"])
+        assert (far > 2) == ((bed, steps) == ("long", 100)) and far > -2
+        if far > 2:
+            said = "is {cosine:.2f} ± {se:.2f}, uniform's ".format(**ours)
+            assert said + "{cosine:.2f} ± {se:.2f}".format(**base) in " ".join(README.split())
 
 
 def test_the_pretrained_model():

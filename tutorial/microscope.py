@@ -46,7 +46,7 @@ RESULTS = HERE / "results" / "microscope.jsonl"
 ANSWERS, TOLD, BATCHES, MANY = 64, 24, 32, 2000
 FRESH, EACH = 2048, 8  # problems and answers of the true gradient
 # Bed, rollouts a step, and how many steps of uniform the model has had.
-BEDS = [("sums", 512, 0), ("sums", 512, 100), ("long", 203, 0), ("long", 203, 100), ("sums", 512, 20)]
+BEDS = [("sums", 512, 0), ("sums", 512, 20), ("sums", 512, 100), ("long", 203, 0), ("long", 203, 100)]
 
 
 # ---- Who gets rollouts: functions (p of all N problems, budget, rng) -> (problems, counts) ---------------
