@@ -1,8 +1,10 @@
 """Where does an allocation pay, and which one? Many small training runs, one JSON row each.
 
     python tutorial/where_it_pays.py --rules uniform knapsack --seeds 0 1 2 3     # goes on where it was
-    python tutorial/where_it_pays.py --rules uniform hora spo --lrs 1e-4 2e-4 4e-4 --seeds 100 101
-    python tutorial/where_it_pays.py --rules uniform hora spo --lrs best --seeds 0 1 2 3 4 5 6 7
+    ... --beds sums long --budgets 203 256 384 512 1024 --rules uniform knapsack  # the map
+    ... --rules "told p" "prompt mean" dapo                                       # one thing changed
+    ... --rules uniform hora spo --lrs 1e-4 2e-4 4e-4 --seeds 100 101             # chapter 10: rates, then
+    ... --rules uniform hora spo --lrs best --seeds 0 1 2 3 4 5 6 7
 
 The embedded model practises on one of two beds, SmolLM2-135M on the third (the README says how to get it,
 as the folder smollm2):
@@ -471,7 +473,7 @@ def corrected_table(rules, base="uniform", base_at=None, tuned=False, **cell) ->
         found |= {(rule, m): differences(rule, m, base, base_at, **own) for m in measures}
     p = [paired(d)[-1] for d in found.values()]
     p = {key: both for key, *both in zip(found, p, holm(p), strict=True)}
-    lines = [f"| minus {base} | seeds | " + " | ".join(f"{m} | p | p, Holm" for m in measures) + " |"]
+    lines = [f"| minus {base}, ± 95% | seeds | " + " | ".join(f"{m} | p | p, Holm" for m in measures) + " |"]
     lines.append("|" + " --- |" * (2 + 3 * len(measures)))
     for rule in rules:
         cells = [rule, f"{len(found[rule, measures[0]])}"]
