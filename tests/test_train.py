@@ -220,7 +220,7 @@ def test_a_failed_start_leaves_the_users_folder(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     for out in ("mine", "link", "new"):
         done = train("--max-prompt-tokens", "3", "--engine", "hf", "--out", tmp_path / out)
-        assert "do not fill a batch" in done.stderr and done.stderr.count("\n") == 1
+        assert "too few: raise --max-prompt-tokens" in done.stderr and done.stderr.count("\n") == 1
         assert not list((tmp_path / "mine").iterdir()) and not (tmp_path / "new").exists()
 
 
