@@ -815,8 +815,8 @@ def usable(c: Config, train_tasks, held_out, prompts) -> tuple[list, list]:
         long = f"{len(prompts) - len(fits)} tasks have prompts of more than {c.max_prompt_tokens} tokens"
         print(f"{long} and are left out; --max-prompt-tokens takes them in")
     per_epoch, left_over = divmod(len(train_tasks), c.prompts)
-    few = f"{len(train_tasks)} tasks to train on and {len(held_out)} held out have prompts this short, which are"
-    need(per_epoch and held_out, f"{few} too few: raise --max-prompt-tokens")
+    few = f"{len(train_tasks)} tasks to train on and {len(held_out)} held out have prompts that fit"
+    need(per_epoch and held_out, f"{few}, too few: raise --max-prompt-tokens")
     if left_over:
         print(f"{left_over} training tasks do not fill a batch of {c.prompts} and are left out")
     visits, used = c.steps / per_epoch, per_epoch * c.prompts
