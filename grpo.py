@@ -425,12 +425,12 @@ def microbatches(rollouts, rows, tokens: int, share_prompts=True, gpu=False) -> 
         return
     # Prompts of like length side by side, groups together: distinct prompts x the
     # longest + responses, whose padding `_shared_pass` keeps small. Of a repeated
-    # prompt only keys and values are kept: of a 1.5B model's token, a sixteenth.
+    # prompt only keys and values are kept: in a Qwen2.5, under a twelfth of a token.
     batch, groups, responses = [], set(), 0
     for i in sorted(P, key=lambda i: (P[i], rollouts[i].group, T[i], i)):
         groups.add(rollouts[i].group)
         responses += T[i]
-        repeated = (len(batch) + 1) * P[i] / 16
+        repeated = (len(batch) + 1) * P[i] / 12
         if batch and len(groups) * P[i] + responses + repeated > tokens:
             yield batch
             batch, groups, responses = [], {rollouts[i].group}, T[i]

@@ -572,7 +572,7 @@ def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
         add(flag(f.name), type=READ.get(f.name, type(tiny)), default=argparse.SUPPRESS, help=text)
     path = evaluate.file_path
     add("--out", type=path, help="run folder [runs/MODEL-ALLOCATOR-seedSEED]")
-    add("--resume", type=path, metavar="DIR", help="go on with the run in DIR; --steps may rise")
+    add("--resume", type=path, metavar="DIR", help="go on with that run, for more --steps or in less memory")
     add("--compare", type=path, nargs="+", metavar="RUN", help="draw runs on one picture, --out PNG")
     args = parser.parse_args(argv)
     names = [f.name for f in dataclasses.fields(Config)]

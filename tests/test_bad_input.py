@@ -1,5 +1,6 @@
 """Bad input: one line that says what is wrong, a non-zero exit, and every file as it was before."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,10 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+import rollout
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -315,6 +318,25 @@ def small_disk(tmp_path):
         pytest.skip("mounting a file system takes more rights than these")
     yield disk
     subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    "flags, weights",
+    [
+        ({}, 12),  # four checkpoints of weights and two moments
+        ({"optimizer": "adamw8bit"}, 6.4),
+        ({"steps": 10}, 7),  # two, and final/
+        ({"steps": 60, "save_every": 100}, 12),  # each new best is saved besides
+    ],
+)
+def test_the_disk_that_a_run_needs(flags, weights, tmp_path, monkeypatch):
+    """Catches: a checkpoint more at a time than was asked for, moments of another size."""
+    model, _ = rollout.load_model(rollout.resolve_model("tiny"))
+    needed, c = weights * sum(p.nbytes for p in model.parameters()), train.settings(flags)
+    for free, enough in ((1.001 * needed, True), (0.999 * needed, False)):
+        monkeypatch.setattr(train.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with contextlib.nullcontext() if enough else pytest.raises(ValueError, match="make room there first"):
+            train.check_model(c, tmp_path, model, [[1, 2, 3]])
 
 
 def test_a_disk_that_is_full_or_too_small(main, small_disk):

@@ -588,8 +588,8 @@ def test_many_rollouts_of_a_long_prompt_are_cut():
     """Catches: keys and values of a long prompt, repeated for 128 short answers, uncounted."""
     one = Rollout(0, (1,) * 2000, (1,) * 16, (0.0,) * 16, "")
     cut = list(grpo.microbatches([one] * 128, np.arange(128), 8192))
-    assert max(map(len, cut)) * (16 + 2000 / 16) + 2000 <= 8192
-    assert len(cut) == 3 and sum(map(len, cut)) == 128
+    assert max(map(len, cut)) * (16 + 2000 / 12) + 2000 <= 8192
+    assert len(cut) == 4 and sum(map(len, cut)) == 128
 
 
 def test_a_gpu_gets_fewer_passes():

@@ -126,6 +126,26 @@ def test_the_peak_of_an_update(family, checkpointing, shape, monkeypatch):
     assert 0.9 < said / peak.most < 1.5, said / peak.most
 
 
+def test_what_a_repeated_prompt_keeps():
+    """In the proportions of Qwen2.5-1.5B, by the peaks of four shared passes: a further rollout of P prompt
+    and T response tokens. Catches: a mask or a copy of the keys that grpo.microbatches does not count."""
+    wide = dict(hidden_size=192, intermediate_size=1120, num_attention_heads=12, num_hidden_layers=8)
+    _, model = made("qwen2", tie_word_embeddings=True, **wide)
+    grpo.check_logprobs(model)
+    P, few, many, peaks = 400, 4, 36, {}
+    for rows in (16, 32):
+        for T in (few, many):
+            batch = [Rollout(0, (1,) * P, (1,) * T, (0.0,) * T, "") for _ in range(rows)]
+            with Peak() as peak:
+                grpo.token_logprobs(model, batch, bfloat16=True).sum().backward()
+            peaks[rows, T] = peak.most
+            model.zero_grad(set_to_none=True)
+    short, long = ((peaks[32, T] - peaks[16, T]) / 16 for T in (few, many))
+    a_token = (long - short) / (many - few)
+    repeated = (short - few * a_token) / P
+    assert 12 < a_token / repeated < 16
+
+
 @pytest.mark.parametrize("shape", [{}, {"hidden_size": 256}, {"intermediate_size": 1024}])
 def test_what_autograd_keeps_of_a_layer(shape):
     """The difference of eight layers and four, in saved tensors without the weights: within 3%."""

@@ -440,7 +440,7 @@ def test_runs(monkeypatch, tmp_path):
     assert abs(ar3po["spent"] - 512) <= 128 and ar3po["curve"][-1][0] > 2
 
 
-def test_the_hardest_steps(tmp_path):
+def test_the_hardest_facts(tmp_path):
     """By hand. Catches: steps of the first two thirds; rollouts counted where rates are; a total's tens."""
     tasks = [("a", "7+8+5=", "20"), ("b", "7+8=", "15"), ("c", "1+1=", "2")]
     rows = [{"id": i, "prompt": prompt, "answer": answer} for i, prompt, answer in tasks]

@@ -148,21 +148,16 @@ def answered(sampler, judge, prompts, tasks, n, seed):
     return rollouts, np.concatenate(right)
 
 
-# The gradient of mean success: each answer against the mean of the other ones. By parts of so many problems.
-def true_gradient(model, rollouts, right, problems=32):
-    for k in range(0, len(rollouts), problems):
-        of_each = enumerate(rollouts[k : k + problems])
-        some = [dataclasses.replace(r, group=g) for g, of in of_each for r in of]
-        group = np.array([r.group for r in some])
-        A = grpo.group_advantages(right[k : k + problems].ravel(), group, clip=1e9, kind="leave-one-out")
-        tokens = sum(len(r.response_ids) for r in some)
-        yield gradient(model, some, A) * tokens / right.size
+# The gradient of mean success, each answer against the mean of the other ones: each problem's part of it.
+def true_gradient(model, rollouts, right):
+    for of, rewards in zip(rollouts, right, strict=True):
+        A = grpo.group_advantages(rewards, np.zeros(len(of), int), clip=1e9, kind="leave-one-out")
+        yield gradient(model, of, A) * sum(len(r.response_ids) for r in of) / right.size
 
 
-# The share of all problems' squared lengths that the heaviest 1% of them hold: 0.01 if all are alike.
-def tail(model, rollouts, right) -> float:
-    squared = sorted(float(g @ g) for g in true_gradient(model, rollouts, right, problems=1))
-    return sum(squared[-(len(squared) // 100) :]) / sum(squared)
+# The share that the heaviest 1% of these squared lengths hold: 0.01 if all are alike.
+def tail(squared) -> float:
+    return sum(sorted(squared)[-(len(squared) // 100) :]) / sum(squared)
 
 
 def slopes(model, rollouts, truth: np.ndarray, step=1e-4) -> np.ndarray:
@@ -228,11 +223,12 @@ def look(bed: str, budget: int, steps: int, work: Path) -> list[dict]:
     with evaluate.judge_of("", "") as judge:
         rollouts, rewards = answered(sampler, judge, prompts, fresh, EACH, 70_000)
         pool, right = answered(sampler, judge, prompts, training, ANSWERS, 9_000)
-    half = FRESH // 2
-    halves = [sum(true_gradient(model, rollouts[k : k + half], rewards[k : k + half])) for k in (0, half)]
-    truth = halves[0] + halves[1]
+    halves, squared = [0, 0], []
+    for k, part in enumerate(true_gradient(model, rollouts, rewards)):
+        halves[2 * k // FRESH] = halves[2 * k // FRESH] + part
+        squared.append(float(part @ part))
+    truth, heavy = halves[0] + halves[1], tail(squared)
     alike = float(halves[0] @ halves[1] / np.prod([np.linalg.norm(h) for h in halves]))
-    heavy = tail(model, rollouts, rewards)
     drawn_from = [r for of in pool for r in of[TOLD:]]
     slope = slopes(model, drawn_from, truth).reshape(len(pool), ANSWERS - TOLD)
     tokens = np.array([len(r.response_ids) for r in drawn_from]).reshape(slope.shape)

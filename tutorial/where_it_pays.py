@@ -310,8 +310,8 @@ def summary(folder: Path) -> dict:
     return {"curve": curve, "spent": spent[-1], "solved": rows[-1]["distinct_solved"]} | means | seconds
 
 
-# The three steps of a sum that a run is worst at: the units of the total so far, plus a digit. Their score is
-# the success rate of the sums they are part of, over the last third of the run.
+# The three facts, "a total that ends in u, plus d" (make_tiny_model.py), that a run is worst at. Their score
+# is the success rate of the sums that need them, over the last third of the steps.
 def hardest(bed: str, groups: Path, work: Path) -> dict[str, float]:
     tasks, rates = reward.load_tasks(tasks_of(bed, work)), {}
     digits = {t.id: [int(d) for d in t.prompt.strip("=").split("+")] for t in tasks}
@@ -319,10 +319,10 @@ def hardest(bed: str, groups: Path, work: Path) -> dict[str, float]:
     for g in steps[-(len(steps) // 3) :]:
         for i, right, n in zip(g["ids"], g["successes"], g["counts"], strict=True):
             totals = np.cumsum(digits[i])  # 7, 15, ... of 7+8+...
-            steps_of = {f"{total % 10}+{d}" for total, d in zip(totals, digits[i][1:], strict=False)}
-            for step in steps_of if n else ():
-                rates.setdefault(step, []).append(right / n)
-    means = {step: round(float(np.mean(x)), 3) for step, x in rates.items()}
+            facts = {f"{u % 10}+{d}" for u, d in zip(totals[:-1], digits[i][1:], strict=True)}
+            for fact in facts if n else ():  # a prompt without rollouts has no rate
+                rates.setdefault(fact, []).append(right / n)
+    means = {fact: round(float(np.mean(x)), 3) for fact, x in rates.items()}
     return dict(sorted(means.items(), key=lambda item: item[1])[:3])
 
 
