@@ -211,6 +211,17 @@ def prompt_mean():
     return train.ALLOCATORS["knapsack"]
 
 
+# Gives up a group unless it comes out mixed with a probability of `mixed` or more.
+def saving_at(mixed: float):
+    return lambda tracker, ids, c: knapsack.allocate_saving(tracker.posterior(ids), c.budget, c.n_min, mixed)
+
+
+# SGD with momentum instead of AdamW, which does not see the length of a gradient.
+def with_sgd(rule):
+    train.make_optimizer = lambda _, model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return rule
+
+
 # name: function(seen, job, work) -> what decides the counts, as in train.ALLOCATORS. It may exchange a part
 # of train.py besides. The rules of neighbours.py come on top.
 RULES = {
@@ -223,6 +234,8 @@ RULES = {
     "prompt mean": lambda *_: prompt_mean(),
     "choice among 256": lambda *_: choose(),
     "cheap first look": lambda *_: look_first(),
+    **{f"saving at {mixed}": lambda *_, mixed=mixed: saving_at(mixed) for mixed in (0.1, 0.5)},
+    **{f"{x}, SGD": lambda *_, x=x: with_sgd(train.ALLOCATORS[x]) for x in ("uniform", "knapsack")},
 }
 
 
@@ -264,7 +277,7 @@ def one(work: Path, job: dict) -> dict:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 train.main(words)
-                if rule != "saving":  # which means to draw less
+                if not rule.startswith("saving"):  # which means to draw less
                     go_on(folder, seen, job["steps"], job["budget"])
             except SystemExit as stop:
                 stopped = str(stop.code)
