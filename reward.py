@@ -21,12 +21,12 @@ import csv
 import functools
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import random
 import re
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -100,7 +100,8 @@ def load_tasks(name_or_path: str | Path, answers: bool = True) -> list[Task]:
         if task.answer or not answers:
             prompts.setdefault(" ".join(task.prompt.split()), []).append(task)
     # Nobody can say which of two answers is right: such a prompt goes altogether.
-    tasks = [same[0] for same in prompts.values() if len({t.answer for t in same}) == 1]
+    sure = [same for same in prompts.values() if not answers or len({t.answer for t in same}) == 1]
+    tasks = [same[0] for same in sure]
     if not tasks:
         raise ValueError(f'{name}: no tasks in it: bring "prompt" and "answer"')
     if len(tasks) < len(numbers):
@@ -159,6 +160,8 @@ def _rows(name: str, suffix: str) -> list:
 def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -> Task:
     """A row as a Task; ValueError if no completion could ever match its answer."""
     row = row if isinstance(row, dict) else {}
+    if None in row:  # csv's name for cells beyond the header
+        raise ValueError(f"{where}: more cells than columns: quote those with commas")
     keys = [[key for key in known if key in row] for known in (PROMPTS, ANSWERS)]
     if not answers:
         keys[1].append("answer")  # which may be missing
@@ -171,7 +174,9 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
         notes.add(f"read are {asked} and {solved}")
     if isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt):
         turns = [turn.get("content") for turn in prompt]  # a conversation
-        answer = turns.pop() if solved == "messages" and turns else answer
+        said = asked == "messages" and turns and prompt[-1].get("role") == "assistant"
+        reply = turns.pop() if said else None  # an answer, and no part of the question
+        answer = reply if solved == "messages" else answer
         # Parts of pictures and the like are no text: such a prompt is refused below.
         prompt = "\n\n".join(turns) if all(isinstance(t, str) for t in turns) else None
     if solved == "reward_model" and isinstance(answer, dict):
@@ -281,36 +286,44 @@ def _extract(completion: str, boxed: bool) -> tuple[str, bool]:
         return text.split()[-1], True  # "8 10": running totals, then the sum
     # The last time that an answer is named counts.
     text = (SAID.findall(text) or [text])[-1]
-    return (text, False) if WORD.search(text) else (_tidy(text), True)
+    tidy = _tidy(text)
+    if WORD.search(re.sub(rf"{TEXT}[^{{}}]*\}}$", "", tidy)):  # a unit is no prose
+        return text.translate(str.maketrans(CHARACTERS)), False
+    return tidy, True
 
 
 # What math-verify cannot read, or misreads, is first written as it does read it.
 CHARACTERS = {"−": "-", "–": "-", "‒": "-", "°": r"^\circ ", "∞": r"\infty "}
 CHARACTERS |= {"√": r"\sqrt ", "²": "^2", "³": "^3", "½": " 1/2"}
 TEXT = r"\\(?:text[a-z]*|mathrm|mbox)\s*\{"
-ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+UNITS = "[cmk]m|[mk]g|m[lLi]|lb|oz|ft|in|hr"  # of two letters
+ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 REWRITES = {  # 5 million
     rf"\s*(?:\\text\{{)?\s*{word}\b\}}?": rf"\\times 10^{n}" for word, n in ZEROS.items()
 } | {
     r"(?<=[0-9])([eE](?=[-+0-9])| ?x ?10\^)": r"\\times 10^",  # 1.85e5
-    r"10\^[({]?([-+]?[0-9]+)[)}]?": r"10^{\1}",  # 10^-5
+    r"10\^(?:\(([-+]?[0-9]+)\)|([-+]?[0-9]+))": r"10^{\1\2}",  # 10^-5
     # 11,\! 111 and 1 234
-    r"(?<![0-9]{4})(?<=[0-9])(\{,\}|,?\s*\\[,! ] ?|[ ~])(?=[0-9]{3}(?![0-9]))": "",
+    r"(?<![0-9]{4})(?<=[0-9])(\{,\}|,?\s*\\! ?|\s*\\[, ] ?|[ ~])(?=[0-9]{3}(?![0-9]))": "",
     r"(?<=[0-9])\{,\}(?=[0-9])": ".",  # 3{,}5 is 3.5
     r"(?<![\w.,^/])([0-9]+)\s+([0-9]+)/([0-9]+)": r"\1\\frac{\2}{\3}",  # 1 1/2
     r"\\frac\s*([0-9]|\\pi)\s*([0-9])": r"\\frac{\1}{\2}",  # \frac 1 2
     r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])": ", ",  # 8 2 are two numbers
     r"(?<![A-Za-z\\])(pi|sqrt)\b": r"\\\1",  # 19pi
     r"\\sqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)": r"\\sqrt{\1\2}",  # √(2)
-    r"(?<!\\)\\!|\\(left|right)(?![A-Za-z])|^\\approx": "",  # no meaning
+    r"(?<!\\)\\!|\\(left|right)(?![A-Za-z])|^(\\approx|=)": "",  # no meaning
+    rf"(?<!\\)\\[,;: ](?=\s*(?:\\%|{TEXT}))": "",  # 60\,\text{km}
     rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}": r" \1 \\text{\2}",  # 3\text{ and }4
+    # 18 dollars, but not 3 xy
+    rf"(?<=[0-9}}])\s+((?:[A-Za-z]{{3,}}|{UNITS})(?: [A-Za-z]+)*)$": r"\\text{ \1}",
     rf"(?<=[0-9])\s*{TEXT}[^{{}}]*\}}(?=,|$)": "",  # 3\text{ m}
     rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-z])\}}": r"\1\2",  # \mathrm{e}
     r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])": r"\1",  # $18
-    r"(?<=[0-9}])\s+([A-Za-z]{2,}(?: [A-Za-z]+)*)$": r"\\text{ \1}",  # 18 dollars
     r"\\degree(?![A-Za-z])": r"^\\circ",
-    # x=3, y=7 has an order
-    r"^([a-z]) ?= ?([^=,]+), ?(?!\1)[a-z] ?= ?([^=,]+)$": r"(\2,\3)",
+    # y=7, x=3 is (3,7)
+    r"^([a-z]) ?= ?([^=,]+), ?(?!\1)([a-z]) ?= ?([^=,]+)$": lambda found: (
+        "({1},{3})" if found[1] < found[3] else "({3},{1})"
+    ).format(*found.groups()),
 }
 
 
@@ -324,7 +337,7 @@ def _tidy(text: str) -> str:
     text = unicodedata.normalize("NFKC", text)  # full-width digits
     for pattern, new in REWRITES.items():
         text = re.sub(pattern, new, text)
-    return text.strip().rstrip(".,;:? ")  # punctuation of the sentence around it
+    return text.strip().rstrip(".,;:?~\\ ")  # punctuation and spaces, as in 5\,
 
 
 def _decide(given: str, alone: bool, gold: str) -> bool | None:
@@ -336,9 +349,10 @@ def _decide(given: str, alone: bool, gold: str) -> bool | None:
     if not given or (alone and len(given) > MAX_ANSWER):
         return False  # nothing, or too much to be an answer
     # A choice must be the only one named: "B or C" is neither.
-    if letter := re.fullmatch(r"(?:\\[a-z]+)?\W*([A-J])\W*", gold):
+    if letter := re.fullmatch(r"(?:\\(?:text|math)[a-z]*)?[\s{(*]*([A-J])[\s}):.*]*", gold):
         named = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z^_])", given)
-        return alone and (set(named) == {letter[1]} or given == letter[1].lower())
+        alone = alone or re.match(r"\W*[A-J][).:]", given)  # (B) Paris
+        return bool(alone) and (set(named) == {letter[1]} or given == letter[1].lower())
     if all(re.fullmatch("-?[0-9]+", text) for text in (given, gold)):
         return int(given) == int(gold)  # most answers
     # math-verify ignores the base of 43_5, and whether a pair is a set or a tuple.
@@ -346,7 +360,7 @@ def _decide(given: str, alone: bool, gold: str) -> bool | None:
     if all(bases) and bases[0] != bases[1]:
         return False
     for x, y in ((given, gold), (gold, given)):
-        if x.startswith(r"\{") and re.search(r"^[(\[].*,|[<>]|\\[lg]e", y):
+        if x.startswith(r"\{") and re.search(r"^[(\[][^()]*,[^()]*[)\]]$|\\cup|[<>]|\\[lg]e", y):
             return False
     return None
 
@@ -502,13 +516,20 @@ def load_reward(spec: str):
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser()
     sys.path.append(str(path.parent))  # for modules beside it
-    try:
-        found = runpy.run_path(str(path)) if path.is_file() else {}
-    except Exception as error:  # the user's own: its traceback shows
-        raise RuntimeError(f"{file} failed: {error!r}") from error
-    if not callable(found.get(name)):
+    found = None
+    if path.suffix == ".py" and path.is_file():
+        # A module: its functions can be handed to other processes.
+        known_as = f"reward_{path.stem}"
+        source = importlib.util.spec_from_file_location(known_as, path)
+        module = sys.modules[known_as] = importlib.util.module_from_spec(source)
+        try:
+            source.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # the user's own: its traceback shows
+            raise RuntimeError(f"{file} failed: {error!r}") from error
+        found = getattr(module, name, None)
+    if not callable(found):
         raise ValueError(f"no function {name!r} in {file!r}: --reward FILE.py:FUNCTION")
-    return found[name]
+    return found
 
 
 class BadReward(ValueError):

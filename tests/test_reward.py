@@ -40,6 +40,8 @@ RIGHT = r"""
 1234.5 ~ 1,234.5
 3.5 ~ 3{,}5
 # words and signs around a number
+500 ~ 5 hundred
+12 ~ 12\, ~ 12\; ~ 12\: ~ 12\  ~ 12~ ~ = 12
 5000000 ~ 5 million ~ 5\text{ million} ~ \$5 million
 2.5\text{ billion} ~ 2500000000 ~ 2.5e9
 18 ~ 18 dollars ~ €18 ~ £18
@@ -66,6 +68,8 @@ C ~ c
 0.28 ~ 28%
 28 ~ 28\%
 28.5\% ~ 0.285
+10\% ~ 10\,\% ~ 10\ \%
+60 ~ 60\,\text{km/h} ~ 60\;\mathrm{cm}
 12.5\% ~ 1/8
 # e-notation and N x 10^k
 1.85e5 ~ 185000 ~ 185,000 ~ 1.85 \times 10^{5} ~ 1.85 \cdot 10^5 ~ 1.85 x 10^5 ~ 1.85E5 ~ 18.5e4
@@ -76,6 +80,12 @@ C ~ c
 6.02e+23 ~ 6.02*10^23
 1e-5 ~ 10^{-5} ~ 10^-5 ~ 0.00001
 100000 ~ 10^5 ~ 1e5
+0.000001 ~ \frac{1}{10^6} ~ 10^{-6}
+\frac{100000}{3} ~ \frac{10^5}{3}
+1000 ~ (10^3) ~ {10^3}
+10\sqrt{10} ~ \sqrt{10^3}
+100^n-1 ~ 10^{2n}-1
+(1,10^5) ~ (1,100000)
 # units, degrees, currencies: dropped
 180\text{ miles} ~ 180 ~ 180 miles
 180 ~ 180\text{ miles}
@@ -94,6 +104,8 @@ $18 ~ 18
 5000000 ~ 5{,}000{,}000
 # algebra
 2x+1 ~ 1+2x
+3xy ~ 3 xy
+\frac{1}{2}bh ~ \frac{1}{2} bh
 (x+1)^2 ~ x^2+2x+1 ~ (1+x)^2
 y=2x+1 ~ 2x+1
 5 ~ x=5 ~ x = 5 ~ 2+3
@@ -132,7 +144,10 @@ x \ge 3 ~ x≥3
 3 \text{ or } 5 ~ 5,3
 3 and 5 ~ 3,5
 8,2 ~ 8 2
-(2,3) ~ (2, 3) ~ 2,3
+(2,3) ~ (2, 3) ~ 2,3 ~ x=2, y=3 ~ y=3, x=2
+3, 125 ~ 3,\ 125 ~ 3,\,125
+(2,100) ~ (2,\ 100)
+(1,2),(3,4) ~ \{(1,2),(3,4)\}
 \left(3,\frac{\pi}{2}\right) ~ (3,\pi/2)
 \emptyset ~ \{\}
 # matrices
@@ -198,7 +213,8 @@ WRONG = r"""
 90^\circ ~ 91
 \frac{\pi}{2} ~ 90^\circ
 \$18.90 ~ 18.99
-5 ~ 5 million ~ 5 thousand
+5 ~ 5 million ~ 5 thousand ~ 5 hundred
+2 ~ 2 xy
 # algebra
 2x+1 ~ 2x-1
 x^2 ~ y^2
@@ -216,7 +232,8 @@ i ~ -i
 (1,2) ~ (1,3)
 x<3 ~ x>3
 # sets, lists, tuples
-(2,3) ~ (3,2)
+(2,3) ~ (3,2) ~ y=2, x=3
+3125 ~ 3,\ 125
 \{1,2,3\} ~ \{1,2\} ~ \{1,2,4\}
 1,2 ~ 1,3 ~ 1
 \pm 3 ~ 3
@@ -227,6 +244,8 @@ x<3 ~ x>3
 \begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1&3\\2&4\end{pmatrix}
 # choices, words, number bases
 C ~ D ~ (A) ~ 42 ~ A) C
+-A ~ A
+\sqrt{A} ~ A
 \text{(C)} ~ B
 Evelyn ~ \text{Navin}
 \text{even} ~ \text{odd}
@@ -285,6 +304,12 @@ Evelyn ~ Evelyn
 C ~ The answer is (C). ~ Answer: C ~ the correct option is **C** ~ the answer is $\text{(C)}$
 C ~ Answer: C⏎⏎Explanation: (D) is false.
 A ~ The answer is A. Option B is wrong.
+B ~ The answer is (B) Paris. ~ The answer is B) Paris ~ Answer: **B) Paris** ~ the correct answer is B: 15 km.
+-5 ~ The answer is −5 degrees.
+5000000 ~ The answer is 5 million dollars.
+1.5 ~ The answer is 1 1/2 hours.
+x=5 ~ The answer is x=5 meters.
+\sqrt{2} ~ The answer is √2 meters.
 B ~ The answer is (B), not (C).
 8 ~ The answer is 8. Thanks for reading these 4 lines. ~ Answer: 8⏎⏎Let me check with 2 groups.
 8 ~ The answer is 8! ~ **Answer:** 8 ~ Q: how many?⏎A: 8 ~ The answer is 9. No: the answer is 8. ~ 答案是8。
@@ -307,6 +332,8 @@ D ~ The answer is A, B, C or D.
 8 ~ The answer is either $8$ or $9$. ~ The final answer is $8$ (or perhaps $9$). ~ The answer is 8x.
 8 ~ The answer is 8: 35 ~ The answer is (8, 35). ~ \boxed 8x
 9 ~ The answer is either $8$ or $9$.
+5 ~ The answer is −5 degrees. ~ The answer is 5 million dollars. ~ The answer is 5 apples and 3 pears.
+1 ~ The answer is 1 1/2 hours.
 15 ~ \boxed{12}. Then finally \boxed{15
 0.6 ~ The answer is 0.6%.
 """
@@ -679,6 +706,7 @@ FAULTS = {
     "prompt not text": ({"prompt": 3, "answer": "2"}, "prompt must be text"),
     "prompt blank": ({"prompt": " ", "answer": "2"}, "the prompt is blank"),
     "unknown columns": ({"text": "p", "label": "2"}, r"found \['text', 'label'\]"),
+    "messages without a reply": ({"messages": [{"role": "user", "content": "p"}]}, "answer must be text"),
     "a conversation without text": ({"prompt": [{"role": "user"}], "answer": "2"}, "prompt must be text"),
     "answer null": ({"prompt": "p", "answer": None}, "answer must be text or a number"),
     "answer a list": ({"prompt": "p", "answer": ["2"]}, "answer must be text or a number"),
@@ -725,6 +753,7 @@ def test_legal_answers(tmp_path):
         ("bad.parquet", b"no parquet", "cannot be read: ArrowInvalid"),
         ("bad.json", b'[{"prompt": "p"', "cannot be read: JSONDecodeError"),
         ("bad.csv", b"a,b\n1,2\n", r"row 1: needs the keys .* found \['a', 'b'\]"),
+        ("bad.csv", b"prompt,answer\nHow much?,1,234\n", "row 1: more cells than columns"),
         ("empty.jsonl", b'{"prompt": "p", "answer": ""}', "no tasks in it"),
         ("folder/file", b"", "cannot be read: FileNotFoundError"),
     ],
@@ -786,6 +815,10 @@ COLUMNS = {  # name: (row, the Task's answer)
     "prompt and solution": ({"prompt": "1+1?", "solution": "2"}, "2"),
     "verl": ({"prompt": [TURN], "reward_model": {"style": "rule", "ground_truth": "2"}}, "2"),
     "messages": ({"messages": [TURN, {"role": "assistant", "content": "2"}]}, "2"),
+    "messages and solution": (
+        {"messages": [TURN, {"role": "assistant", "content": "2"}], "solution": "3"},
+        "3",
+    ),
     "final answers": ({"question": "1+1?", "final_answer": ["2"]}, "2"),
 }
 
@@ -911,6 +944,19 @@ def test_a_reward_from_a_file(tmp_path):
     assert grade(short, TASKS, ["xx", "xxx"]).tolist() == [1.0, 0.0]
 
 
+def test_a_reward_may_use_processes(tmp_path):
+    """Catches: a file whose functions cannot be pickled. Unit tests are run that way."""
+    (tmp_path / "tests.py").write_text(
+        "from concurrent.futures import ProcessPoolExecutor\ndef one(text):\n    return float('5' in text)\n"
+        "def mine(tasks, texts):\n    with ProcessPoolExecutor(1) as pool:\n"
+        "        return list(pool.map(one, texts))\n"
+    )
+    assert grade(load_reward(f"{tmp_path}/tests.py:mine"), TASKS, ["5", "6"]).tolist() == [1.0, 0.0]
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)\n")
+    with pytest.raises(RuntimeError, match=r"ends\.py failed: SystemExit\(3\)"):
+        load_reward(f"{tmp_path}/ends.py:mine")
+
+
 @pytest.mark.parametrize("spec", ["mine.py", "mine.py:", ":short", "absent.py:short", "mine.py:LIMIT"])
 def test_rewards_that_are_not_there(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
@@ -999,3 +1045,9 @@ def test_a_reward_of_ones_own_may_need_no_answer(tmp_path):
     assert [t.answer for t in load_tasks(zero, answers=False)] == ["0", "False"]
     with pytest.raises(ValueError, match="needs the keys"):
         load_tasks(path)
+    chats = [{"messages": [{"role": "system", "content": "Be brief."}, TURN | {"content": x}]} for x in "ab"]
+    asked = load_tasks(_write(tmp_path / "chats.jsonl", *chats), answers=False)
+    assert [t.prompt for t in asked] == ["Be brief.\n\na", "Be brief.\n\nb"]
+    same = [{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}]  # nobody compares them
+    with pytest.warns(UserWarning, match="1 tasks in 2 rows"):
+        assert load_tasks(_write(tmp_path / "same.jsonl", *same), answers=False)[0].answer == "1"

@@ -23,7 +23,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import knapsack
+import knapsack  # noqa: E402
 
 OUT = ROOT / "tutorial" / "results" / "allocation_replay.json"
 BATCH, EACH, VISITS = 128, 8, 44  # the shortest trace has 44 visits
