@@ -11,7 +11,8 @@ by problem with the first: most of what makes a score vary, hard and easy proble
 --held-out N takes the problems that a training run on the same tasks held out. N stands in the run's first
 line: a larger one takes problems that it trained on. (gsm8k, math and dapo17k are training splits.) --out
 scores.json writes the scores there, and each completion to scores.completions.jsonl as it comes: the same
-command goes on from what is there, and ends as if nothing had happened.
+command goes on from what is there, and ends as if nothing had happened. With another --reward, or after an
+edit of it, the completions that are there are judged again.
 """
 
 from __future__ import annotations
@@ -139,15 +140,10 @@ def judge_of(spec: str | None, instruction: str):
     return reward.Verifier(min(8, os.cpu_count() or 1), boxed="\\boxed" in instruction)
 
 
-# A hash of what verdicts of the user's own reward depend on besides prompt, answer and text: its file, and
-# the tasks' other columns. "" without such a reward.
-def judged_by(spec: str | None, tasks) -> str:
-    if not spec:
-        return ""
+# The file of the user's reward. ValueError if it is not there.
+def reward_file(spec: str) -> Path:
     path = Path(spec.rpartition(":")[0]).expanduser()
-    if not path.is_file():
-        reward.load_reward(spec)  # says so
-    return hashlib.sha256(path.read_bytes() + repr([t.extra for t in tasks]).encode()).hexdigest()[:16]
+    return path if path.is_file() else reward.load_reward(spec)  # which says so
 
 
 # ---- The command line ---------------------------------------------------------------------------------
@@ -202,6 +198,7 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
     print(f"sampling with {engine} ({why})")
     # One length limit for all models, or their scores could not be compared.
     models, limit = [], args.max_new_tokens or 1024
+    judge = judge_hash(args.reward, "" if args.lenient else args.instruction)
     words = (args.instruction, args.chat, json.loads(args.chat_template_kwargs))
     for name in dict.fromkeys(args.model):  # a name that is given twice counts once
         path = rollout.resolve_model(name)
@@ -217,12 +214,26 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
         rows = [{"model": name, "weights": weights, "id": t.id, "answer": t.answer} for t in tasks]
         for row, task in zip(rows, tasks, strict=True):
             row["prompt"] = tokenizer.decode(prompts[task.id])
-            row |= {"judged_by": judged_by(args.reward, [task])} if args.reward else {}
+            row["judged_by"] = short_hash(judge, repr(task.extra)) if args.reward else judge
         print(f"{name}, first prompt: {rows[0]['prompt']!r}")
         models.append({"path": path, "prompts": prompts, "longest": longest, "rows": rows})
-    names = ("samples", "temperature", "seed", "chat", "instruction", "lenient", "reward")
+    names = ("samples", "temperature", "seed", "chat", "instruction")
     settings = {name: getattr(args, name) for name in names}
     return tasks, models, settings | {"max_new_tokens": limit, "engine": engine}
+
+
+def short_hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+# Of what a verdict depends on besides prompt, answer and text: the verifier, or the user's reward and the
+# modules beside it. (And it sees the tasks' other columns.)
+def judge_hash(spec: str | None, instruction: str) -> str:
+    modules = [Path(reward.__file__)]
+    if spec:
+        modules = sorted(reward_file(spec).parent.glob("*.py"))
+    kind = spec or f"{importlib.metadata.version('math-verify')} {'boxed' in instruction}"
+    return short_hash(kind, *(path.read_text(errors="replace") for path in modules))
 
 
 # Which weights a model has: a hash of its files, or the hub's id and commit.
@@ -245,28 +256,43 @@ def completions_file(out: Path) -> Path:
     return out.with_suffix(".completions.jsonl")
 
 
-# A question is the same if weights, prompt, answer and what judges it are. Where one has changed it is
-# asked anew.
+# A question is the same if weights, prompt and answer are. Where one has changed it is asked anew.
 def key(row: dict) -> tuple:
-    return row["weights"], row["prompt"], row["answer"], row.get("judged_by")
+    return row["weights"], row["prompt"], row["answer"]
 
 
-# {key: completions} of what is recorded; a torn last line is cut off the file. ValueError if the
-# file was made with other settings, or holds anything else.
-def read_record(path: Path, settings: dict) -> dict[tuple, list[dict]]:
+# {key: row} of what is recorded; a torn last line is cut off the file. ValueError if the file was made
+# with other settings, or holds anything else: then it stays as it is.
+def read_record(path: Path, settings: dict) -> dict[tuple, dict]:
     if not path.is_file():
         return {}
-    with path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)  # new lines must not be glued to it
-    rows = list(each_row(path))
+    text = path.read_bytes()
+    begins = b'{"settings": {'
+    rows = list(each_row(path)) if begins.startswith(text[: len(begins)]) else [{}]
     for number, row in enumerate(rows, start=1):
-        ours = {"completions", "prompt"} if number > 1 else {"settings"}
-        need(ours <= set(row), f"{path}, line {number}: not a line of evaluate.py's")
+        ours = {"weights", "prompt", "answer", "completions"} if number > 1 else {"settings"}
+        good = isinstance(row, dict) and ours <= set(row)
+        need(good, f"{path}, line {number}: not a line of evaluate.py's: choose another --out")
     for name, now in settings.items():
         was = rows[0]["settings"].get(name) if rows else now
-        other = f"was made with {name} {was!r}, not {now!r}: give that, or another --out"
-        need(was == now, f"{path} {other}")
-    return {key(row): row["completions"] for row in rows[1:]}
+        flag = f"--{name.replace('_', '-')}"
+        need(was == now, f"{path} was made with {flag} {was!r}, not {now!r}: give that, or another --out")
+    os.truncate(path, text.rfind(b"\n") + 1)  # new lines must not be glued to a torn one
+    return {key(row): row for row in rows[1:]}
+
+
+# Completions that something else judged are judged again. Such a row goes to the file once more.
+def judge_again(model: dict, tasks, judge, done: dict, file) -> None:
+    known = [(row, task) for row, task in zip(model["rows"], tasks, strict=True) if key(row) in done]
+    stale = [(r, t) for r, t in known if done[key(r)].get("judged_by") != r["judged_by"]]
+    answers = [(c, task) for row, task in stale for c in done[key(row)]["completions"]]
+    rewards = reward.grade(judge, [t for _, t in answers], [c["text"] for c, _ in answers])
+    none = getattr(judge, "no_verdict", ())  # out of time: neither right nor wrong
+    for i, (c, _) in enumerate(answers):
+        c["right"] = None if i in none else bool(rewards[i] > 0.5)
+    for row, _ in stale:
+        done[key(row)] = row | {"completions": done[key(row)]["completions"]}
+        print(json.dumps(done[key(row)]), file=file, flush=True)
 
 
 def open_sampler(model: dict, settings: dict, trust: bool):
@@ -302,8 +328,8 @@ def ask(model: dict, tasks, settings: dict, trust: bool, judge, done: dict, file
             completions[place]["right"] = None
         for i, row in enumerate(rows):
             if key(row) not in done:  # what was there stays as it was
-                done[key(row)] = completions[i * n : (i + 1) * n]
-                print(json.dumps(row | {"completions": done[key(row)]}), file=file, flush=True)
+                done[key(row)] = row | {"completions": completions[i * n : (i + 1) * n]}
+                print(json.dumps(done[key(row)]), file=file, flush=True)
     if sampler is not None:  # before the next model's: there is room for one
         sampler.close()
 
@@ -313,7 +339,7 @@ def ask(model: dict, tasks, settings: dict, trust: bool, judge, done: dict, file
 def results(models: list[dict], done: dict) -> list[dict]:
     found, first = [], None  # first: the first model's numbers, {measure: (M,)}
     for model in models:
-        answers = [done[key(row)] for row in model["rows"]]
+        answers = [done[key(row)]["completions"] for row in model["rows"]]
         # None becomes NaN: there was no verdict.
         got = [[(c["right"], c["tokens"], c["finished"]) for c in of_problem] for of_problem in answers]
         right, tokens, finished = np.moveaxis(np.array(got, dtype=float), -1, 0)  # (M, samples) each
@@ -362,6 +388,7 @@ def main(argv=None) -> None:
             if file.tell() == 0:  # the first line says how the others were made
                 print(json.dumps({"settings": settings}), file=file, flush=True)
             for model in models:
+                judge_again(model, tasks, judge, done, file)
                 ask(model, tasks, settings, args.trust_remote_code, judge, done, file, bar)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted" + ("; the same command goes on from here" if args.out else ""))
@@ -371,7 +398,7 @@ def main(argv=None) -> None:
     print("\n" + table(found))
     if args.out:
         command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
-        settings |= {"tasks": args.tasks, "held_out": args.held_out, "limit": args.limit}
+        settings |= {k: getattr(args, k) for k in ("tasks", "held_out", "limit", "lenient", "reward")}
         # What else would be needed to make the same numbers again.
         versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "math-verify")}
         whole = {"command": command, "settings": settings, "versions": versions, "results": found}
@@ -457,11 +484,8 @@ def draw_runs(runs: list[Path], path: Path) -> None:
         # The look is the allocator's, the marker the run's.
         for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
             c, rows = json.loads((run / "config.json").read_text()), list(each_row(run / "metrics.jsonl"))
-            style = look(c["allocator"]) | {
-                "marker": marker,
-                "ms": 4,
-                "label": f"{c['allocator']} ({run.name})",
-            }
+            name = run.name if [r.name for r in runs].count(run.name) == 1 else run
+            style = look(c["allocator"]) | {"marker": marker, "ms": 4, "label": f"{c['allocator']} ({name})"}
             spent = np.cumsum([r["budget"] if r["step"] else 0 for r in rows])  # (rows,)
             for axis, (name, title) in zip(panels, PANELS.items(), strict=True):
                 here = [i for i, r in enumerate(rows) if r[name] is not None]
@@ -487,9 +511,8 @@ def draw_runs(runs: list[Path], path: Path) -> None:
         last.yaxis.set_major_formatter("{x:g}")
         for axis in panels:  # once all runs are drawn, or the first one would fix the top
             axis.set_ylim(bottom=0)
-        names = {label: line for line, label in zip(*axes[0, 1].get_legend_handles_labels(), strict=True)}
         # Outside the panels, where it covers no curve.
-        fig.legend(names.values(), names, loc="outside lower center", ncols=2)
+        fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 if __name__ == "__main__":

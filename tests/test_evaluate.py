@@ -210,7 +210,7 @@ def test_several_models(tmp_path, noisy):
     assert alone["scores"] == second["scores"]
 
 
-def test_a_reward_of_ones_own_scores_here_too(tmp_path):
+def test_a_reward_of_ones_own_scores_here_too(tmp_path, monkeypatch):
     """Catches: a graded reward counted as it is, or cut to whole numbers."""
     (tmp_path / "mine.py").write_text(
         "def half(tasks, texts):\n    return [.6 if t < '5' else .4 for t in texts]\n"
@@ -221,12 +221,22 @@ def test_a_reward_of_ones_own_scores_here_too(tmp_path):
     answers = [c for row in rows for c in row["completions"]]
     assert all(c["right"] == (c["text"] < "5") for c in answers)
     assert 0 < result["scores"]["avg@4"]["mean"] == np.mean([c["right"] for c in answers]) < 1
-    # Edited, it judges anew; as it was, it is believed.
-    (tmp_path / "mine.py").write_text("def half(tasks, texts):\n    return [.6] * len(texts)\n")
-    for _ in range(2):
+    # When it, or a module beside it, has changed, what is there is judged again; otherwise it is believed.
+    monkeypatch.setattr(evaluate, "open_sampler", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two edits within a second
+    (tmp_path / "beside.py").write_text("right = 0.6\n")
+    edited = "from beside import right\ndef half(tasks, texts):\n    return [right] * len(texts)\n"
+    (tmp_path / "mine.py").write_text(edited)
+    for right, lines in ((0.6, 41), (0.6, 41), (0.0, 61)):
+        (tmp_path / "beside.py").write_text(f"right = {right}\n")
+        monkeypatch.delitem(sys.modules, "beside", raising=False)
         (result,) = run(tmp_path / "a.json", *flags)["results"]
-        assert result["scores"]["avg@4"]["mean"] == 1
-    assert len((tmp_path / "a.completions.jsonl").read_text().splitlines()) == 1 + 2 * 20
+        assert result["scores"]["avg@4"]["mean"] == round(right)
+        assert len((tmp_path / "a.completions.jsonl").read_text().splitlines()) == lines
+    # And by the verifier, as if it had been asked to.
+    (result,) = run(tmp_path / "a.json", "--limit", "20")["results"]
+    monkeypatch.undo()
+    assert [result] == run(tmp_path / "b.json", "--limit", "20")["results"]
 
 
 def test_where_a_box_is_asked_for_only_a_box_counts(monkeypatch):
@@ -299,10 +309,13 @@ def test_records_that_do_not_fit(tmp_path, capsys):
     out, record = tmp_path / "a.json", tmp_path / "a.completions.jsonl"
     run(out, "--limit", "2")
     message = fail(capsys, "--limit", "2", "--seed", "1", "--out", str(out))
-    assert "was made with seed 0, not 1: give that, or another --out" in message
+    assert "was made with --seed 0, not 1: give that, or another --out" in message
     lines = record.read_text().splitlines(keepends=True)
     record.write_text(lines[0] + "{}\n" + lines[1])
     assert "a.completions.jsonl, line 2: not a line of" in fail(capsys, "--out", str(out))
+    for mine in ('[{"my": "data"}]', '{"my": 1}\n{"other": 2}', "1\n", '{"settings": 3}\n'):  # stays whole
+        record.write_text(mine)
+        assert "line 1: not a line of" in fail(capsys, "--out", str(out)) and record.read_text() == mine
     record.unlink()
     assert "without its completions" in fail(capsys, "--out", str(out))
 
