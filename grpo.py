@@ -94,7 +94,10 @@ def token_logprobs(
     if bfloat16 is None:
         bfloat16 = device.type == "cuda"
     targets = torch.tensor([t for r in rollouts for t in r.response_ids], device=device)
-    run = _shared_pass if share_prompts and _CHECKED[model] else _plain_pass
+    # In training mode transformers' own checkpointing drops the cache.
+    drops = model.training and getattr(model, "is_gradient_checkpointing", False)
+    cached = _CHECKED[model] and not drops
+    run = _shared_pass if share_prompts and cached else _plain_pass
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         hidden = run(model.get_decoder(), rollouts, device)  # (N, H)
         return _head(model.get_output_embeddings(), hidden, targets, temperature)
@@ -229,7 +232,10 @@ def check_logprobs(model, temperature: float = 1.0) -> float:
     """The largest gap, in nats, between both passes and what the model itself says.
 
     Where a model caps or scales its logits after the head (Gemma 2, Granite), they
-    would be silently wrong: ValueError above 1e-3 (rounding stays below 1e-4)."""
+    would be silently wrong: ValueError above 1e-3 in float32 (rounding stays below
+    1e-4), 0.04 in float16, 0.3 in bfloat16; more at a temperature below 1."""
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}: must be above 0")
     unfit = f"{type(model).__name__} is not supported:"
     decoder, own = model.get_decoder(), model.get_output_embeddings
     if getattr(decoder, "get_output_embeddings", own)() is not None:
@@ -238,27 +244,32 @@ def check_logprobs(model, temperature: float = 1.0) -> float:
     row = [(7 * i + 3) % V for i in range(16)]  # of it three rollouts:
     cuts = [(8, 16), (4, 16), (4, 7)]  # the prompt's end, the response's end
     cut = [SimpleNamespace(prompt_ids=row[:p], response_ids=row[p:e]) for p, e in cuts]
-    weight, gaps = next(model.parameters()), []
+    weight, gaps, good = next(model.parameters()), [], False
+    temperature = min(temperature, 1.0)  # a high one would hide what is scaled
     awake = [m for m in model.modules() if m.training]
     model.eval()  # no dropout here
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        out = model(input_ids=torch.tensor([row], device=weight.device), use_cache=True)
-        logp = (out.logits[0].float() / temperature).log_softmax(1)  # (L, V)
-        logp = logp[range(15), row[1:]]
-        truth = torch.cat([logp[p - 1 : e - 1] for p, e in cuts])  # (N,)
-        # Only keys and values can be repeated, not the state of a recurrence.
-        layers = getattr(out.get("past_key_values"), "layers", [None])
-        plain = [hasattr(x, "keys") and not hasattr(x, "conv_states") for x in layers]
-        _CHECKED[model] = all(plain)
-        for share in (False, True):
-            got = token_logprobs(model, cut, temperature, share, bfloat16=False)
-            gaps.append((got - truth).abs().max().item())
-    for module in awake:
-        module.training = True
-    gap = float(np.max(gaps))  # which keeps a NaN, as max() may not
-    # Dividing by a low temperature magnifies rounding, too.
-    if not gap <= max(1e-3, 40 * torch.finfo(weight.dtype).eps) / min(1, temperature):
-        del _CHECKED[model]
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            out = model(input_ids=torch.tensor([row], device=weight.device), use_cache=True)
+            logp = (out.logits[0].float() / temperature).log_softmax(1)  # (L, V)
+            logp = logp[range(15), row[1:]]
+            truth = torch.cat([logp[p - 1 : e - 1] for p, e in cuts])  # (N,)
+            # Only keys and values can be repeated, not the state of a recurrence.
+            layers = getattr(out.get("past_key_values"), "layers", [None])
+            plain = [hasattr(x, "keys") and not hasattr(x, "conv_states") for x in layers]
+            _CHECKED[model] = all(plain)
+            for share in (False, True):
+                got = token_logprobs(model, cut, temperature, share, bfloat16=False)
+                gaps.append((got - truth).abs().max().item())
+        gap = float(np.max(gaps))  # which keeps a NaN, as max() may not
+        # Dividing by a low temperature magnifies rounding, too.
+        good = gap <= max(1e-3, 40 * torch.finfo(weight.dtype).eps) / temperature
+    finally:  # an interruption counts as no check
+        for module in awake:
+            module.training = True
+        if not good:
+            _CHECKED.pop(model, None)
+    if not good:
         why = "as where logits are capped or scaled after the head: take another model"
         raise ValueError(f"{unfit} its log-probs are {gap:.2g} nats off, {why}")
     return gap
@@ -305,6 +316,7 @@ def update(
 ) -> dict[str, float | None]:  # fmt: skip
     """`minibatches` optimizer steps on one batch; pi_old stays fixed meanwhile.
 
+    model: in eval mode. Dropout would make another policy of it at each pass.
     rollouts: R records with group, prompt_ids, response_ids, logprobs.
     advantages (R,): where A = 0 the loss is 0 whatever the model says. Such rollouts
     are not computed, but their tokens count in the token mean.

@@ -48,14 +48,19 @@ class SuccessTracker:
         # then visit by visit, newest first. The last row is that of unseen ids.
         self._seen = np.zeros((1, 1 + WINDOW, 2))
 
+    @staticmethod
+    def _keys(ids):  # a str or an int each, as in JSON
+        return [i if isinstance(i, str) else index(i) for i in ids]
+
     def _rows(self, ids):
-        return [self._row.get(i, -1) for i in ids]
+        return [self._row.get(i, -1) for i in self._keys(ids)]
 
     def update(self, ids, successes, trials) -> None:
         """A visit: successes[i] of the trials[i] rollouts of ids[i] were right."""
+        ids = self._keys(ids)
         s, t = both = np.array([successes, trials], float)  # (2, M)
         ok = (both % 1 == 0).all() and (0 <= s).all() and (s <= t).all()
-        _need(ok and len(s) == len(ids), "pass whole successes <= trials, one an id")
+        _need(ok and s.shape == (len(ids),), "pass whole successes <= trials, one an id")
         got = t > 0  # without a rollout it was no visit
         # An empty tracker expects nothing, so its first batch is no surprise.
         if self.drift and self._row and got.any():
@@ -63,9 +68,8 @@ class SuccessTracker:
             rates = np.clip(rates, 0.01, 0.99)  # no infinite surprise
             came, expected = np.log(rates / (1 - rates))  # log-odds
             self.shift += float(self.drift * (came - expected))
-        for i in ids:  # a str or an int, as in JSON
-            key = i if isinstance(i, str) else index(i)
-            self._row.setdefault(key, len(self._row))
+        for i in ids:
+            self._row.setdefault(i, len(self._row))
         new = len(self._row) + 1 - len(self._seen)
         self._seen = np.pad(self._seen, ((0, new), (0, 0), (0, 0)))
         # An id given twice was visited once: its counts add up.
@@ -202,12 +206,11 @@ def rollouts_for_confidence(p, confidence) -> tuple[np.ndarray, np.ndarray]:
     """The smallest n with P(mixed group) >= confidence, and the paper's count,
     ln(1 - confidence) / ln(max(p, q)), which is too small by up to 2."""
     p, c = np.asarray(p, float), np.asarray(confidence, float)
-    m = np.minimum(p, 1 - p)
-    with np.errstate(all="ignore"):  # m = 0: inf
-        paper = np.log1p(-c) / np.log1p(-m)
+    with np.errstate(all="ignore"):  # p in {0, 1}: inf
+        paper = np.log1p(-c) / np.log1p(-np.minimum(p, 1 - p))
         n = np.ceil(paper * (1 - 1e-14))  # whole numbers come out a hair high
         # One more suffices, as p^n + q^n <= max(p, q)^(n-1).
-        return n + (np.exp(n * np.log1p(-m)) + m**n > 1 - c), paper
+        return n + (prob_nonzero_gradient(n, p) < c), paper
 
 
 # ---- 4. The knapsack, exactly: dynamic programming ----
@@ -239,16 +242,18 @@ def solve_dp(values, capacity: int, costs=None) -> np.ndarray:
 
 
 def solve_dp_torch(values, capacity: int):
-    """solve_dp with unit costs for a tensor (M, K), on its device."""
+    """solve_dp with unit costs for a float tensor (M, K), on its device."""
     import torch  # the rest does without it
 
+    _need(bool((values < torch.inf).all()), "values: pass finite ones, or -inf to forbid")
     wall = values.new_full((values.shape[1] - 1,), -torch.inf)
     best, choice = values.new_zeros(capacity + 1), []
     for row in values:
         # Row k of `moved` is `best`, moved to the right by k from behind a wall.
         moved = torch.cat([wall, best]).unfold(0, capacity + 1, 1).flip(0)
         best, k = (moved + row[:, None]).max(0)  # of (K, capacity + 1)
-        choice.append(k.short().cpu())
+        choice.append(k.int().cpu())
+    _need(bool(best[-1] > -torch.inf), f"capacity = {capacity}: no choice fits")
     picks = torch.zeros(len(values), dtype=torch.int64)
     for i in reversed(range(len(values))):
         picks[i] = choice[i][capacity - picks.sum()]
@@ -257,15 +262,15 @@ def solve_dp_torch(values, capacity: int):
 
 # ---- 5. The fast path: buy the best next rollout, again and again ----
 def solve_greedy(values, capacity: int) -> np.ndarray:
-    """solve_dp for concave rows and unit costs, (M,): takes the largest gains. As a
-    row's gains fall, its largest are its first, so they can be had."""
+    """solve_dp for concave rows and unit costs, (M,), all capacity spent: takes the
+    largest gains. As a row's gains fall, its largest are its first: they can be had."""
     _need(_concave(values), "values are not concave: use solve_dp")
     return _largest(np.diff(np.asarray(values, float)).T, capacity)
 
 
 def _concave(values) -> bool:
     rounding = 1e-12 * np.abs(values).max(initial=0)
-    return bool((np.diff(values, 2) <= rounding).all())
+    return bool(rounding < np.inf and (np.diff(values, 2) <= rounding).all())
 
 
 def _largest(gains, capacity: int):
@@ -284,7 +289,7 @@ def _largest(gains, capacity: int):
 def allocate(p, budget: int, n_min=2, n_max=128, value=None) -> np.ndarray:
     """Counts (M,) from n_min to n_max, in sum the budget, of the highest value.
 
-    p: known, (M,), or the pair (alpha, beta) of a posterior. Prompts that gain
+    p: known, (M,), or a tuple, the (alpha, beta) of a posterior. Prompts that gain
     nothing, p = 0 and p = 1, get what nobody else can use. value=None is the paper's,
     above. Your own takes counts (K,) and probabilities (M, 1); over a posterior it is
     averaged. If its gains fall the greedy solves it, else solve_dp does.
@@ -298,7 +303,8 @@ def allocate(p, budget: int, n_min=2, n_max=128, value=None) -> np.ndarray:
     spare = _spare(m, budget, n_min, n_max)
     if value is not None:
         values = _table(value, p, np.arange(n_min, n_max + 1))  # (M, K)
-        if _concave(values):  # NaN is not, and solve_dp refuses it
+        _need(np.isfinite(values), "value: return finite numbers")
+        if _concave(values):
             return n_min + solve_greedy(values, spare)
         # A slope makes every rollout worth buying, so the whole budget is spent.
         # It adds the same to all ways to do so: the best one stays the best.
@@ -332,7 +338,7 @@ def _table(value, p, n, points=32):
         return np.broadcast_to(value(n, p), (len(p), len(n)))
     # Golub and Welsch (1969): the nodes are the eigenvalues of a tridiagonal
     # matrix of Beta's canonical moments c_1, c_2, ..., of which c_1 is the mean.
-    (a, b), k = (np.reshape(x, (-1, 1)) for x in p), np.arange(points)
+    (a, b), k = (np.reshape(np.asarray(x), (-1, 1)) for x in p), np.arange(points)
     odd = (a + k) / (a + b + 2 * k)  # c_1, c_3, c_5, ...
     even = k / (a + b + np.abs(2 * k - 1))  # 0, c_2, c_4, ...
     up, down = (1 - even) * odd, even * (1 - np.roll(odd, 1, axis=1))
@@ -347,10 +353,10 @@ def _table(value, p, n, points=32):
 def allocate_paper(p_hat, budget: int, n_min=2, n_max=128) -> np.ndarray:
     """The paper's rule, on tracker.windowed_rate(ids). NaN (first epoch): uniform.
 
-    Prompts with p_hat in {0, 1} get n_min. The others share a knapsack of at most the
-    rollouts that they need for a mixed group with probability 0.9 (theorem above).
-    What is left goes to p_hat = 0. Where n_max is in the way, it goes back into the
-    knapsack, and last to p_hat = 1."""
+    All get n_min. Those with p_hat between 0 and 1 share besides a knapsack of at most
+    the rollouts that a mixed group takes with probability 0.9 (theorem above). What is
+    left goes to p_hat = 0. Where n_max is in the way, it goes back into the knapsack,
+    and last to p_hat = 1."""
     p_hat = np.asarray(p_hat, float)  # (M,)
     left, room = _spare(len(p_hat), budget, n_min, n_max), n_max - n_min
     if np.isnan(p_hat).any():

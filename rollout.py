@@ -188,7 +188,8 @@ def prompt_hint(tokenizer, chat: bool) -> str | None:
 def request_seeds(prompts: list, seed: int) -> list[int]:
     """A 62-bit seed for each prompt, from its ids and not from its place."""
     seen, seeds = Counter(), []
-    for ids in map(tuple, prompts):
+    for ids in prompts:
+        ids = tuple(map(int, ids))  # arrays and tensors, too
         key = repr((int(seed), ids, seen[ids])).encode()
         seen[ids] += 1  # equal prompts draw different rollouts
         digest = hashlib.blake2b(key, digest_size=8).digest()
@@ -197,7 +198,7 @@ def request_seeds(prompts: list, seed: int) -> list[int]:
 
 
 def check_counts(prompts, counts) -> np.ndarray:
-    counts = np.asarray(counts)
+    counts = np.asarray(counts, None if len(counts) else int)
     whole = counts.shape == (len(prompts),) and counts.dtype.kind in "iu"
     if not whole or (counts < 0).any() or not all(map(len, prompts)):
         n = len(prompts)
@@ -209,12 +210,24 @@ def records(tokenizer, prompts, group, ids, logprobs, finished) -> list[Rollout]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     rows = zip(group, ids, logprobs, texts, finished, strict=True)
     return [
-        Rollout(int(i), tuple(prompts[i]), tuple(own), tuple(lp), text, done)
+        Rollout(int(i), tuple(map(int, prompts[i])), tuple(own), tuple(lp), text, done)
         for i, own, lp, text, done in rows
     ]
 
 
 # ---- transformers ----
+# No dropout in here; and in training mode transformers' checkpointing drops the cache.
+@contextlib.contextmanager
+def in_eval_mode(model):
+    awake = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in awake:
+            module.training = True
+
+
 class HFSampler:
     """Samples with the trainer's own model: no copy of the weights, never stale."""
 
@@ -234,7 +247,7 @@ class HFSampler:
         torch.backends.cuda.enable_cudnn_sdp(False)
         # transformers cannot split the state of recurrent layers (Mamba, Qwen3.5) by
         # rows. What the model returns tells, not its name.
-        with torch.inference_mode():
+        with torch.inference_mode(), in_eval_mode(model):
             out = model(torch.tensor([[0]], device=model.device), use_cache=True)
         cache = out.get("past_key_values")
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [None])}
@@ -253,7 +266,7 @@ class HFSampler:
         for i in np.argsort([len(p) for p in prompts]):
             u = np.random.default_rng(seeds[i]).random((counts[i], T), dtype=np.float32)
             rows += [(int(i), uniforms) for uniforms in u]
-        done = [[] for _ in prompts]
+        done = []
         while rows:
             P = np.array([len(prompts[i]) for i, _ in rows])  # ascending
             fits = np.arange(1, len(P) + 1) * (P + T) <= self.tokens_in_flight
@@ -261,10 +274,10 @@ class HFSampler:
             fits &= self.cached | (P == P[0])
             r = max(1, fits.sum())
             group, u = zip(*rows[:r], strict=True)
-            for rollout in self._generate(prompts, group, np.stack(u)):
-                done[rollout.group].append(rollout)
+            with in_eval_mode(self.model):
+                done += self._generate(prompts, group, np.stack(u))
             rows = rows[r:]
-        return [rollout for rollouts in done for rollout in rollouts]
+        return sorted(done, key=lambda rollout: rollout.group)
 
     def new_cache(self):
         # An empty one, or None. Under autocast rotary embeddings make the keys float32,

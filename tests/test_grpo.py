@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,15 @@ def test_both_passes_give_the_plain_log_probs(model, temperature, shared):
         want = torch.cat([naive_logprobs(model, r, temperature) for r in rollouts])
     assert got.shape == want.shape
     assert torch.allclose(got, want, atol=1e-12)
+
+
+def test_a_model_with_its_own_checkpointing_in_training_mode(model):
+    """Catches: a cache that is not there. (The model has no dropout.)"""
+    other = copy.deepcopy(model).train()
+    other.gradient_checkpointing_enable()
+    rollouts = make_rollouts()
+    want = torch.cat([naive_logprobs(model, r) for r in rollouts])
+    assert torch.allclose(grpo.token_logprobs(other, rollouts), want, atol=1e-12)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -330,11 +340,12 @@ def test_families_that_are_refused(name, settings, why):
             grpo.token_logprobs(other, rollouts)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=why):
-        grpo.update(other, None, rollouts, advantages)
+        grpo.update(other, None, rollouts, advantages, temperature=20)  # which would hide it
 
 
-def test_the_check_leaves_no_trace(model):
-    """Catches: random numbers drawn, a gradient, a mode switched, a dropout awake in the comparison."""
+def test_the_check_leaves_no_trace(model, monkeypatch):
+    """Catches: random numbers drawn, a gradient, a mode switched, a dropout awake in the comparison; a check
+    that was interrupted and counts."""
     other = family("OPT", base=OPT)
     other.train()
     other.model.decoder.layers[0].eval()
@@ -342,6 +353,11 @@ def test_the_check_leaves_no_trace(model):
     assert 0 < grpo.check_logprobs(other, 0.7) < 1e-5
     assert modes == [m.training for m in other.modules()] and torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in other.parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "_shared_pass", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            grpo.check_logprobs(other)
+    assert other not in grpo._CHECKED and modes == [m.training for m in other.modules()]
     broken = copy.deepcopy(model)
     broken.model.norm.register_forward_hook(lambda *_: _[2] + (_[1][0].shape[0] > 1))
     with pytest.raises(ValueError, match="nats off"):  # a batch is not what its rows are

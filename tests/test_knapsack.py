@@ -266,6 +266,25 @@ def test_state_round_trips_through_json():
     assert not np.array_equal(restored.estimate([1]), restored.estimate(["1"]))
 
 
+def test_ids_in_a_tensor_are_ints():
+    """Catches: counts of ids that hash by identity, which end in the row of unseen prompts."""
+    plain, tensor = SuccessTracker(), SuccessTracker()
+    plain.update([4, 5], [8, 0], [8, 8])
+    tensor.update(torch.tensor([4, 5]), [8, 0], [8, 8])
+    assert plain.state_dict() == tensor.state_dict()
+    assert np.array_equal(plain.estimate([4, 5, 9]), tensor.estimate(torch.tensor([4, 5, 9])))
+
+
+@pytest.mark.parametrize("visit", [(["b", 1.5], [1, 0], [2, 2]), (["b"], [[1]], [[2]]), (["b"], 1, 2)])
+def test_a_refused_visit_changes_nothing(visit):
+    tracker = SuccessTracker()
+    tracker.update(["a"], [1], [2])
+    before = tracker.state_dict()
+    with pytest.raises((ValueError, TypeError)):
+        tracker.update(*visit)
+    assert tracker.state_dict() == before
+
+
 # ---- value ---------------------------------------------------------------------------------------------
 
 EXTREME = [1e-300, 1e-150, 1e-20, 1e-16, 1e-9, 0.003, 0.25, 1 / 3, 0.5, 0.7, 1 - 1e-9, 1 - 1e-16]
@@ -676,7 +695,11 @@ BAD = [
     (lambda: allocate([0.5], 8, n_min=0), "choose n_min = 0 from 1 to n_max = 128"),
     (lambda: allocate([0.5], 8, n_min=9, n_max=8), "choose n_min = 9 from 1 to n_max = 8"),
     (lambda: allocate([], 8), "budget 8 > 0 prompts"),
-    (lambda: allocate([0.5], 8, value=lambda n, p: n * np.nan), "values: pass finite ones"),
+    (lambda: allocate([0.5], 8, value=lambda n, p: n * np.nan), "value: return finite numbers"),
+    (lambda: allocate([0.5], 8, value=lambda n, p: np.where(n % 2, -np.inf, 1)), "value: return finite"),
+    (lambda: solve_greedy([[0, -np.inf, 5.0]], 2), "use solve_dp"),
+    (lambda: solve_dp_torch(torch.tensor([[0.0, np.nan]]), 3), "values: pass finite ones"),
+    (lambda: solve_dp_torch(torch.tensor([[-np.inf, 1.0], [-np.inf, 1.0]]), 1), "no choice fits"),
     (lambda: allocate_paper([0.5, 2.0], 8), "pass probabilities"),
     (lambda: allocate_paper([0.5], 8, n_min=0), "n_min = 0"),
     (lambda: allocate_at_price([0.5], np.nan), "need price >= 0"),

@@ -1,5 +1,6 @@
 """rollout.py: what comes back is what was sampled, from the distribution it says, for the right prompt."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -181,6 +182,34 @@ def test_the_same_prompt_twice_draws_anew(loaded, prompts):
     sampler = rollout.HFSampler(*loaded, max_new_tokens=30)
     rollouts = sampler.sample([prompts[2], prompts[2]], [4, 4], seed=6)
     assert [r.response_ids for r in rollouts[:4]] != [r.response_ids for r in rollouts[4:]]
+
+
+def test_a_model_in_training_mode(loaded, prompts):
+    """Catches: dropout while sampling; a cache that transformers' checkpointing drops without a word."""
+    want = rollout.HFSampler(*loaded, max_new_tokens=8).sample(prompts, COUNTS, seed=7)
+    model = copy.deepcopy(loaded[0]).train()
+    model.model.norm.eval()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    model.gradient_checkpointing_enable()
+    modes = [m.training for m in model.modules()]
+    sampler = rollout.HFSampler(model, loaded[1], max_new_tokens=8)
+    assert sampler.cached and sampler.sample(prompts, COUNTS, seed=7) == want
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_prompts_in_arrays(loaded, prompts, kind):
+    """Catches: seeds that follow from how numbers are printed; records that are no JSON."""
+    sampler = rollout.HFSampler(*loaded, max_new_tokens=8)
+    twice = [*prompts, prompts[2]]  # a copy draws anew
+    rollouts = sampler.sample([kind(ids) for ids in twice], [*COUNTS, 7], seed=8)
+    assert rollouts == sampler.sample(twice, [*COUNTS, 7], seed=8)
+    json.dumps(rollouts[0].prompt_ids)
+
+
+def test_no_prompts(loaded):
+    assert rollout.HFSampler(*loaded, max_new_tokens=3).sample([], [], seed=0) == []
 
 
 def test_memory_is_bounded_whatever_the_batch(loaded, prompts, monkeypatch):
