@@ -442,13 +442,15 @@ def test_runs(monkeypatch, tmp_path):
     assert abs(ar3po["spent"] - 512) <= 128 and ar3po["curve"][-1][0] > 2
 
 
-def test_the_hardest_facts(tmp_path):
-    """By hand. Catches: steps of the first two thirds; rollouts counted where rates are; a total's tens."""
-    tasks = [("a", "7+8+5=", "20"), ("b", "7+8=", "15"), ("c", "1+1=", "2")]
+def test_facts_that_were_taught_wrong(tmp_path):
+    """By hand. Catches: a fifth that begins a step too early; rollouts and right ones exchanged; the tens of
+    a total; a sum counted twice that needs a fact twice."""
+    tasks = [("a", "3+1+6=", "10"), ("b", "7+8+5=", "20"), ("c", "9+5+6+4+6=", "30")]  # 4+6: in a and c
     rows = [{"id": i, "prompt": prompt, "answer": answer} for i, prompt, answer in tasks]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    old = {"ids": ["a", "b", "c"], "successes": [0, 0, 0], "counts": [4, 4, 4]}
-    new = old | {"successes": [2, 2, 8], "counts": [8, 2, 8]}
-    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in (old, old, new)))
-    found = where_it_pays.hardest("long", tmp_path / "groups.jsonl", tmp_path)
-    assert found == {"5+5": 0.25, "7+8": 0.625, "1+1": 1.0} and next(iter(found)) == "5+5"
+    steps = [{"ids": ["a", "b", "c"], "successes": [k, 1, 2], "counts": [8, 4, 4]} for k in range(6)]
+    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in steps))
+    found = where_it_pays.facts("long", tmp_path / "groups.jsonl", tmp_path)
+    assert list(found) == ["0+3", "4+4", "0+4", "8+1", "4+6"]
+    assert found["4+6"] == [[24, 5], [12, 4], [12, 5], [12, 6], [12, 7]]
+    assert found["0+3"] == found["4+4"] == [[0, 0]] * 5

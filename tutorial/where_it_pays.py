@@ -46,6 +46,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import neighbours  # noqa: E402
 from classic_control.report import holm, paired  # noqa: E402
 from make_additions import addition  # noqa: E402
+from make_tiny_model import draw_mistakes  # noqa: E402
 
 import evaluate  # noqa: E402
 import knapsack  # noqa: E402
@@ -286,7 +287,7 @@ def one(work: Path, job: dict) -> dict:
     row = summary(folder) | {"minutes": round((time.perf_counter() - start) / 60, 2)}
     row["stopped"] = stopped
     if job["bed"] != "additions":
-        row["hardest"] = hardest(job["bed"], folder / "groups.jsonl", work)
+        row["facts"] = facts(job["bed"], folder / "groups.jsonl", work)
     if job["device"] == "cuda":
         row["gpu"] = torch.cuda.get_device_name()
     if job["seed"] < TUNING:
@@ -323,20 +324,22 @@ def summary(folder: Path) -> dict:
     return {"curve": curve, "spent": spent[-1], "solved": rows[-1]["distinct_solved"]} | means | seconds
 
 
-# The three facts, "a total that ends in u, plus d" (make_tiny_model.py), that a run is worst at. Their score
-# is the success rate of the sums that need them, over the last third of the steps.
-def hardest(bed: str, groups: Path, work: Path) -> dict[str, float]:
-    tasks, rates = reward.load_tasks(tasks_of(bed, work)), {}
-    digits = {t.id: [int(d) for d in t.prompt.strip("=").split("+")] for t in tasks}
+# The facts, "a total that ends in u, plus d", that the model's teacher wrote wrong most often. For each: how
+# many rollouts the sums that need it got in each fifth of the steps, and how many of them were right.
+def facts(bed: str, groups: Path, work: Path, most=5) -> dict[str, list]:
+    wrong, _ = draw_mistakes(np.random.default_rng(0), mean=0.25, concentration=1.0)  # (10, 10), as there
+    worst = sorted(product(range(10), range(1, 10)), key=lambda fact: -wrong[fact])[:most]
+    found, needs = {f"{u}+{d}": np.zeros((5, 2), int) for u, d in worst}, {}
+    for task in reward.load_tasks(tasks_of(bed, work)):
+        digits = [int(d) for d in task.prompt.strip("=").split("+")]
+        totals = np.cumsum(digits) % 10  # 7, 5, ... of 7+8+...
+        needs[task.id] = {f"{u}+{d}" for u, d in zip(totals[:-1], digits[1:], strict=True)} & found.keys()
     steps = list(evaluate.each_row(groups))
-    for g in steps[-(len(steps) // 3) :]:
+    for k, g in enumerate(steps):
         for i, right, n in zip(g["ids"], g["successes"], g["counts"], strict=True):
-            totals = np.cumsum(digits[i])  # 7, 15, ... of 7+8+...
-            facts = {f"{u % 10}+{d}" for u, d in zip(totals[:-1], digits[i][1:], strict=True)}
-            for fact in facts if n else ():  # a prompt without rollouts has no rate
-                rates.setdefault(fact, []).append(right / n)
-    means = {fact: round(float(np.mean(x)), 3) for fact, x in rates.items()}
-    return dict(sorted(means.items(), key=lambda item: item[1])[:3])
+            for fact in needs[i]:
+                found[fact][5 * k // len(steps)] += n, right
+    return {fact: x.tolist() for fact, x in found.items()}
 
 
 # Success of a model on problems that nobody has seen.
