@@ -202,7 +202,7 @@ def test_rules_run(rule, monkeypatch, tmp_path):
     """Catches: a rule that no longer fits train.py; one that gives away more than the budget."""
     from transformers.integrations import sdpa_attention
 
-    for name in ("set_up", "batch_of", "make_optimizer"):
+    for name in ("set_up", "batch_of"):
         monkeypatch.setattr(train, name, getattr(train, name))
     monkeypatch.setattr(knapsack, "SuccessTracker", knapsack.SuccessTracker)
     monkeypatch.setattr(grpo, "group_advantages", grpo.group_advantages)

@@ -217,12 +217,6 @@ def saving_at(mixed: float):
     return lambda tracker, ids, c: knapsack.allocate_saving(tracker.posterior(ids), c.budget, c.n_min, mixed)
 
 
-# SGD with momentum instead of AdamW, which does not see the length of a gradient.
-def with_sgd(rule):
-    train.make_optimizer = lambda _, model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    return rule
-
-
 # name: function(seen, job, work) -> what decides the counts, as in train.ALLOCATORS. It may exchange a part
 # of train.py besides. The rules of neighbours.py come on top.
 RULES = {
@@ -236,7 +230,6 @@ RULES = {
     "choice among 256": lambda *_: choose(),
     "cheap first look": lambda *_: look_first(),
     **{f"saving at {mixed}": lambda *_, mixed=mixed: saving_at(mixed) for mixed in (0.1, 0.5)},
-    **{f"{x}, SGD": lambda *_, x=x: with_sgd(train.ALLOCATORS[x]) for x in ("uniform", "knapsack")},
 }
 
 
@@ -404,10 +397,11 @@ def score(row: dict, measure: str) -> float:
     return float(at(row, shares).mean()) if shares else row[measure]
 
 
-def tuning(rule: str, bed: str, budget: int) -> dict:
+def tuning(rule: str, bed: str, budget: int, steps: int | None = None) -> dict:
     """{(prompts, lr): late success of each seed} of the runs that choose a rate."""
-    found = {}
-    rows = [row for row in load(rule=rule, bed=bed, budget=budget) if row["seed"] >= TUNING]
+    found, steps = {}, steps or BEDS[bed]["usual"]["steps"]
+    rows = load(rule=rule, bed=bed, budget=budget, steps=steps)
+    rows = [row for row in rows if row["seed"] >= TUNING]
     for row in of_one_device(rows):
         found.setdefault((row["prompts"], row["lr"]), []).append(score(row, "late"))
     return dict(sorted(found.items()))
@@ -415,9 +409,9 @@ def tuning(rule: str, bed: str, budget: int) -> dict:
 
 # The rate (of 64 prompts, unless `shapes`) with the highest success. At a rate at which one run falls below
 # half of another's success, a run is not safe: it is none to choose.
-def best(rule: str, bed: str, budget: int, shapes: bool = False) -> dict:
-    usual = BEDS[bed]["usual"]
-    found = {k: x for k, x in tuning(rule, bed, budget).items() if shapes or k[0] == usual["prompts"]}
+def best(rule: str, bed: str, budget: int, steps: int | None = None, shapes: bool = False) -> dict:
+    usual, found = BEDS[bed]["usual"], tuning(rule, bed, budget, steps)
+    found = {k: x for k, x in found.items() if shapes or k[0] == usual["prompts"]}
     safe = {k: np.mean(x) for k, x in found.items() if min(x) > max(x) / 2}
     if not safe:
         raise ValueError(
@@ -458,15 +452,15 @@ def table(rules, base="uniform", **cell) -> str:
     return "\n".join(lines)
 
 
-def rates_table(rules, bed: str, budget: int) -> str:
+def rates_table(rules, bed: str, budget: int, steps: int | None = None) -> str:
     """Markdown: late success at each rate and number of prompts, over the seeds that choose. The star is
     the best of a row's rule."""
-    found = {rule: tuning(rule, bed, budget) for rule in rules}
+    found = {rule: tuning(rule, bed, budget, steps) for rule in rules}
     rates = sorted({lr for of in found.values() for _, lr in of})
     lines = ["| rule | prompts | " + " | ".join(f"{lr:g}" for lr in rates) + " |"]
     lines.append("|" + " --- |" * (2 + len(rates)))
     for rule, of in found.items():
-        taken = best(rule, bed, budget, shapes=True)
+        taken = best(rule, bed, budget, steps, shapes=True)
         for prompts in sorted({m for m, _ in of}):
             cells = []
             for lr in rates:
@@ -544,18 +538,23 @@ def map_table(rule="knapsack") -> str:
 
 
 def draw(path: Path) -> None:
-    """Left: the long sums with few rollouts. Right: knapsack - uniform, and its 95% interval, on all beds."""
-    with evaluate.picture(path, 1, 2) as (_, (a, b)):
-        for rule in ("uniform", "knapsack"):
-            rows, shares = runs(rule, bed="long", budget=203), np.linspace(0, 1, 6)
-            curves = np.array([at(r, shares) for r in rows])
-            mean, se = curves.mean(0), curves.std(0, ddof=1) / len(curves) ** 0.5
-            color = evaluate.look(rule)["color"]
-            a.plot(20.3 * shares, mean, label=f"{rule} ({len(curves)} seeds)", **evaluate.look(rule))
-            a.fill_between(20.3 * shares, mean - se, mean + se, color=color, alpha=0.15)
-        a.set(title="Few rollouts, hopeless problems: it pays", xlabel="thousand rollouts")
-        a.set(ylabel="held-out success")
-        a.legend()
+    """Where the knapsack wins: few rollouts on hard problems; a longer run on easy ones. And the map:
+    knapsack - uniform with its 95% interval, on all beds."""
+    wins = {
+        "Few rollouts, hard problems": dict(bed="long", budget=203, steps=100),
+        "More steps, rare facts": dict(bed="sums", budget=512, steps=200),
+    }
+    with evaluate.picture(path, 1, 3) as (_, (*panels, b)):
+        for axis, (title, cell) in zip(panels, wins.items(), strict=True):
+            shares = np.linspace(0, 1, cell["steps"] // 20 + 1)
+            for rule in ("uniform", "knapsack"):
+                curves = np.array([at(r, shares) for r in runs(rule, **cell)])
+                mean, se = curves.mean(0), curves.std(0, ddof=1) / len(curves) ** 0.5
+                x, color = shares * cell["budget"] * cell["steps"] / 1000, evaluate.look(rule)["color"]
+                axis.plot(x, mean, label=f"{rule} ({len(curves)} seeds)", **evaluate.look(rule))
+                axis.fill_between(x, mean - se, mean + se, color=color, alpha=0.15)
+            axis.set(title=title, xlabel="thousand rollouts", ylabel="held-out success")
+            axis.legend()
         looks = {
             "long": ("sums of up to 24 numbers", evaluate.BLUE, "s", 0.97),
             "sums": ("sums of up to 10 numbers", evaluate.ORANGE, "o", 1.03),
@@ -640,7 +639,7 @@ def main() -> None:
     for seed, bed, budget, prompts, lr, steps, rule in axes:
         usual = BEDS[bed]["usual"]
         try:
-            lr = best(rule, bed, budget)["lr"] if lr == "best" else lr or usual["lr"]
+            lr = best(rule, bed, budget, steps)["lr"] if lr == "best" else lr or usual["lr"]
         except ValueError as error:
             parser.error(str(error))
         prompts, steps = prompts or usual["prompts"], steps or usual["steps"]
