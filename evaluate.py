@@ -484,8 +484,8 @@ def draw_runs(runs: list[Path], path: Path) -> None:
         # The look is the allocator's, the marker the run's.
         for run, marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
             c, rows = json.loads((run / "config.json").read_text()), list(each_row(run / "metrics.jsonl"))
-            name = run.name if [r.name for r in runs].count(run.name) == 1 else run
-            style = look(c["allocator"]) | {"marker": marker, "ms": 4, "label": f"{c['allocator']} ({name})"}
+            which = run.name if [r.name for r in runs].count(run.name) == 1 else run
+            style = look(c["allocator"]) | {"marker": marker, "ms": 4, "label": f"{c['allocator']} ({which})"}
             spent = np.cumsum([r["budget"] if r["step"] else 0 for r in rows])  # (rows,)
             for axis, (name, title) in zip(panels, PANELS.items(), strict=True):
                 here = [i for i, r in enumerate(rows) if r[name] is not None]

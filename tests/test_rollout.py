@@ -188,7 +188,7 @@ def test_a_model_in_training_mode(loaded, prompts):
     """Catches: dropout while sampling; a cache that transformers' checkpointing drops without a word."""
     want = rollout.HFSampler(*loaded, max_new_tokens=8).sample(prompts, COUNTS, seed=7)
     model = copy.deepcopy(loaded[0]).train()
-    model.model.norm.eval()
+    model.model.norm.eval()  # modes are kept module by module
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.3
     model.gradient_checkpointing_enable()

@@ -320,7 +320,7 @@ def summary(folder: Path) -> dict:
 # The facts, "a total that ends in u, plus d", that the model's teacher wrote wrong most often. For each: how
 # many rollouts the sums that need it got in each fifth of the steps, and how many of them were right.
 def facts(bed: str, groups: Path, work: Path, most=5) -> dict[str, list]:
-    wrong, _ = draw_mistakes(np.random.default_rng(0), mean=0.25, concentration=1.0)  # (10, 10), as there
+    wrong, _ = draw_mistakes(np.random.default_rng(0), mean=0.25, concentration=1.0)  # (10, 10), its own
     worst = sorted(product(range(10), range(1, 10)), key=lambda fact: -wrong[fact])[:most]
     found, needs = {f"{u}+{d}": np.zeros((5, 2), int) for u, d in worst}, {}
     for task in reward.load_tasks(tasks_of(bed, work)):

@@ -1,6 +1,6 @@
 """Allocation rules replayed on the success rates of a real training run, at equal rollouts.
 
-    python tests/bench/bench_allocation.py TRACES.jsonl [--seeds 20]     # two minutes on one core
+    python tests/bench/bench_allocation.py TRACES.jsonl [--seeds 20]     # three minutes on one core
 
 TRACES.jsonl holds one prompt a row, {"rates": [success rate at each visit], "trials_per_visit": 8}. Each
 trace is smoothed (a Gaussian of 3 visits, plus a quarter of a success and of a failure, so that no prompt
@@ -41,7 +41,8 @@ def load(path):
     return np.array(p)
 
 
-# P(mixed) x (InfoGain + bonus): chapter 9's example of a value of one's own. Nobody has tuned it.
+# P(mixed) x (InfoGain + bonus): chapter 9's example of a value of one's own. The two numbers were chosen with
+# a former tracker, and not again.
 def with_bonus(tracker, ids, p, budget):
     bonus = np.where(tracker.solved(ids), 0.01, 0.3)[:, None]  # (M, 1)
 
