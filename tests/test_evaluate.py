@@ -224,12 +224,12 @@ def test_a_reward_of_ones_own_scores_here_too(tmp_path, monkeypatch):
     # When it, or a module beside it, has changed, what is there is judged again; otherwise it is believed.
     monkeypatch.setattr(evaluate, "open_sampler", None)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two edits within a second
-    (tmp_path / "beside.py").write_text("right = 0.6\n")
-    edited = "from beside import right\ndef half(tasks, texts):\n    return [right] * len(texts)\n"
+    (tmp_path / "helper_of_mine.py").write_text("right = 0.6\n")
+    edited = "from helper_of_mine import right\ndef half(tasks, texts):\n    return [right] * len(texts)\n"
     (tmp_path / "mine.py").write_text(edited)
     for right, lines in ((0.6, 41), (0.6, 41), (0.0, 61)):
-        (tmp_path / "beside.py").write_text(f"right = {right}\n")
-        monkeypatch.delitem(sys.modules, "beside", raising=False)
+        (tmp_path / "helper_of_mine.py").write_text(f"right = {right}\n")
+        monkeypatch.delitem(sys.modules, "helper_of_mine", raising=False)
         (result,) = run(tmp_path / "a.json", *flags)["results"]
         assert result["scores"]["avg@4"]["mean"] == round(right)
         assert len((tmp_path / "a.completions.jsonl").read_text().splitlines()) == lines
