@@ -24,6 +24,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -223,7 +224,8 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
 
 
 def short_hash(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    text = re.sub(r" at 0x[0-9A-Fa-f]+", "", "\n".join(texts))  # of an object in a repr
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 # Of what a verdict depends on besides prompt, answer and text: the verifier, or the user's reward and the
@@ -445,20 +447,17 @@ def smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
 # Axes to draw on. The file is there, whole, when the block has ended; its suffix is its format.
 @contextlib.contextmanager
 def picture(path: Path, rows: int, columns: int):
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen is needed
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # which needs no screen
 
     # Less ink: no box, a faint grid.
     bare = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-    plt.rcParams.update(bare | {"axes.titlesize": 11, "axes.titleweight": "bold"})
-    # "constrained" makes room for titles, labels and a legend outside.
-    fig, axes = plt.subplots(rows, columns, figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
-    yield fig, axes
-    form = path.suffix.lstrip(".") or "png"
-    replace_file(path, lambda part: fig.savefig(part, dpi=100, format=form))
-    plt.close(fig)
+    with rc_context(bare | {"axes.titlesize": 11, "axes.titleweight": "bold"}):
+        # "constrained" makes room for titles, labels and a legend outside.
+        fig = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
+        yield fig, fig.subplots(rows, columns)
+        form = path.suffix.lstrip(".") or "png"
+        replace_file(path, lambda part: fig.savefig(part, dpi=100, format=form))
 
 
 # Metric: what its panel is called. The sixth panel shows who got how many rollouts.

@@ -199,6 +199,7 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
     faults = {
         "prompt must be text": not isinstance(prompt, str),
         "the prompt is blank": not str(prompt).strip(),
+        "half a character": re.search("[\ud800-\udfff]", str(prompt)),
         "the id must be text or a number": type(id_) not in (str, int),
     }
     if answers:
@@ -224,7 +225,7 @@ def split_held_out(tasks: list[Task], n_held_out: int, seed: int = 0):
     if not 0 <= n_held_out < len(tasks):
         raise ValueError(f"cannot hold out {n_held_out} of {len(tasks)}: hold out fewer")
     texts = [unicodedata.normalize("NFKC", task.prompt).casefold() for task in tasks]
-    texts = ["".join(filter(str.isalnum, text)) for text in texts]
+    texts = ["".join(filter(str.isalnum, text)) or text for text in texts]
     hashes = {t: hashlib.sha256(f"{seed}:{t}".encode()).digest() for t in texts}
     sizes, held, room = Counter(texts), set(), n_held_out
     # Hashes, not positions, so that neither order nor ids decide.

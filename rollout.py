@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -166,11 +167,19 @@ def encode_tasks(tokenizer, tasks, instruction="", chat=False, template_kwargs=N
     """{task.id: the token ids it is asked with}, an instruction on the line after it."""
     texts = [f"{t.prompt}\n{instruction}" if instruction else t.prompt for t in tasks]
     prompts = encode_prompts(tokenizer, texts, chat, template_kwargs)
-    # Without its files transformers makes an empty tokenizer, without a word.
-    if not all(prompts):
-        empty = texts[prompts.index([])]
-        raise ValueError(f"the tokenizer makes nothing of {empty!r:.60}: is it another's?")
+    # A small vocabulary drops what it lacks without a word: "9-4=" would be asked as
+    # "94=". So does the empty one that transformers makes where files are missing.
+    for text in texts:
+        read = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if _visible(read) < _visible(text):
+            lost = f"the tokenizer reads {text!r:.60} as {read!r:.60}"
+            raise ValueError(f"{lost}: take another model, or mend its tokenizer")
     return {t.id: ids for t, ids in zip(tasks, prompts, strict=True)}
+
+
+def _visible(text: str) -> int:
+    text = unicodedata.normalize("NFKC", text)
+    return sum(c.isprintable() and not c.isspace() for c in text)
 
 
 def prompt_hint(tokenizer, chat: bool) -> str | None:

@@ -27,6 +27,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -76,7 +77,7 @@ class Config:
     tasks: str = setting("arithmetic", "math", "arithmetic, a file of rows, or a hub name")
     limit: int = setting(0, 2048, "train on so many of the tasks, always the same ones (0: on all)", 0)
     reward: str = setting("", "", "your own reward, FILE.py:FUNCTION (see reward.py)")
-    instruction: str = setting("", None, "text after each prompt; unless given, hub tasks ask for \\boxed{}")
+    instruction: str = setting("", None, "text after each prompt; large models: \\boxed{}, on hub tasks")
     chat: bool = setting(False, False, "wrap prompts in the model's chat template")
     chat_template_kwargs: str = setting("{}", "{}", 'JSON for that template, as {"enable_thinking": false}')
     trust_remote_code: bool = setting(False, False, "run code that comes with the model")
@@ -137,6 +138,7 @@ class Run:
         self.sampler.close()
         self.bar and self.bar.close()
         getattr(self.judge, "close", lambda: None)()
+        self.locked.close()
 
 
 def train(run: Run) -> None:
@@ -151,6 +153,7 @@ def train(run: Run) -> None:
     if done == 0:  # row 0 is the untouched model
         row = {"step": 0, "budget": c.budget, "distinct_solved": 0} | held_out_success(run, 0)
         clock.lap("eval")
+        run.state["best"] = (row["eval_success"], 0)
         log(run.out, "metrics", dict.fromkeys(ROW) | row | clock.row())
         run.bar.write(f"before training: held-out success {row['eval_success']:.3f}")
 
@@ -174,7 +177,7 @@ def train(run: Run) -> None:
         # 3. Learn. A group whose rewards are all equal has zero advantages and costs nothing here.
         advantages = grpo.group_advantages(rewards, group)  # (R,)
         run.sampler.sleep()  # on one GPU the update needs the engine's memory
-        row["logprob_gap"] = canary(run.model, rollouts, c, grpo.token_logprobs)
+        row["logprob_gap"] = canary(run.model, rollouts, c)
         clock.lap("sync")
         # The learning rate rises on a line, and stays.
         row["lr"] = c.lr * min(1.0, step / max(1, c.warmup_steps))
@@ -232,7 +235,7 @@ def step_seed(seed: int, step: int) -> int:
 def step_metrics(rewards, group, rollouts) -> dict:
     by_group = [rewards[group == g] for g in np.unique(group)]  # M arrays
     n = np.array([len(r) for r in by_group])  # (M,)
-    mean = np.array([r.sum() / len(r) for r in by_group])  # (M,)
+    mean = np.array([r.mean() for r in by_group])  # (M,)
     mixed = np.array([r.max() > r.min() for r in by_group])  # (M,): these carry gradient
     return {
         "reward_mean": float(mean.mean()),  # over prompts: comparable between allocators
@@ -265,15 +268,17 @@ CANARY_BOUND = {"cpu": 1e-3, "cuda": 0.3}
 
 # Mean |log-prob of the trainer - log-prob of the sampler| over four rollouts. It is rounding, unless
 # the sampler's weights are stale: then it jumps to whole nats, and the run must stop.
-def canary(model, rollouts, c: Config, token_logprobs) -> float:
+def canary(model, rollouts, c: Config) -> float:
     import torch
+
+    import grpo
 
     few = rollouts[:: max(1, len(rollouts) // 4)][:4]  # from all over the batch
     sampled = np.concatenate([r.logprobs for r in few])  # (tokens,)
     if not all(np.isfinite(r.logprobs).all() for r in rollouts):
         raise RunStopped(f"the model's log-probs are not finite; {BLOWN_UP}")
     with torch.no_grad():
-        ours = token_logprobs(model, few, c.temperature).cpu().numpy()  # (tokens,)
+        ours = grpo.token_logprobs(model, few, c.temperature).cpu().numpy()  # (tokens,)
     gap = float(np.abs(ours - sampled).mean())
     bound = CANARY_BOUND[model.device.type] / min(1, c.temperature)  # which magnifies rounding
     if not gap < bound:
@@ -366,7 +371,6 @@ PATIENCE = 20  # steps without a gradient
 
 # Why a run with these newest metrics rows should end, or None.
 def hopeless(rows) -> str | None:
-    rows = list(rows)
     if len(rows) >= 3 and all(r["steps_skipped"] and r["loss"] is None for r in rows[-3:]):
         return f"the loss or its gradient was not finite three steps in a row; {BLOWN_UP}"
     if len(rows) < PATIENCE or any(r["effective_rollouts"] for r in rows):
@@ -378,10 +382,17 @@ def hopeless(rows) -> str | None:
 
 
 # Ctrl-C or a polite kill: the step is finished and saved. A second one stops at once.
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
 def asked_to_stop() -> list:
     asked: list[int] = []  # the signals that came
+    ours = os.getpid()
 
     def ask(number, frame) -> None:
+        if os.getpid() != ours:  # a process that a reward has forked ends as any other
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if asked:  # whoever asks twice is in a hurry
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
@@ -389,8 +400,8 @@ def asked_to_stop() -> list:
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nstopping after this step (again: at once)\n")
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, ask)
+    for number in STOPS:
+        signal.signal(number, ask)
     return asked
 
 
@@ -414,7 +425,7 @@ def save_or_stop(run: Run, row: dict, stop: list, clock: Clock) -> None:
         raise RunStopped(f"{trouble}; the weights are in {run.out}/checkpoint")
     if ending:
         run.bar.close()
-        print(f"stopped after step {step}; go on with: python train.py --resume {run.out}")
+        print(f"stopped after step {step}; go on with: python train.py --resume {shlex.quote(str(run.out))}")
         sys.exit(130)
 
 
@@ -430,14 +441,16 @@ def finish(run: Run) -> None:
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------------
-# SHA256SUMS of everything in a folder, as the sha256sum command writes and checks it.
+# SHA256SUMS of everything in a folder, as the sha256sum command writes and checks it. (But for what
+# file browsers and notebooks leave in any folder: .DS_Store, .ipynb_checkpoints.)
 def checksums(folder: Path) -> str:
     lines = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "SHA256SUMS":
+        name = str(path.relative_to(folder))
+        if path.is_file() and name != "SHA256SUMS" and not name.startswith("."):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            lines.append(f"{digest}  {path.relative_to(folder)}\n")
+            lines.append(f"{digest}  {name}\n")
     return "".join(lines)
 
 
@@ -496,18 +509,24 @@ def save_checkpoint(run: Run) -> None:
         shutil.rmtree(old)
 
 
-# The newest whole checkpoint and its state; (None, {}) if there is none. One that is damaged or was
-# not written to its end is named, and put aside until the next one is saved.
+# The newest whole checkpoint and its state; (None, {}) if nothing has happened yet. One that is damaged or
+# was not written to its end is named, and put aside until the next one is saved.
 def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
-    for path in sorted((out / "checkpoint").glob("step-*"), reverse=True):
+    found, broken, rows = None, [], out / "metrics.jsonl"
+    for path in sorted((out / "checkpoint").glob("step-[0-9]*"), reverse=True):
         sums = path / "SHA256SUMS"
         if path.suffix == "" and sums.is_file() and sums.read_bytes() == checksums(path).encode():
-            return path, json.loads((path / "state.json").read_text())
+            found = path
+            break
         if path.suffix in ("", ".part"):
-            print(f"{path.name} is damaged or half-written: going on from the checkpoint before")
-            shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
-            path.rename(path.with_suffix(".damaged"))
-    return None, {}
+            broken.append(path)
+    begun = rows.is_file() and rows.stat().st_size
+    need(found or not begun, f"{out} has rows, but no whole checkpoint: it is left as it is; start a new run")
+    for path in broken:
+        print(f"{path.name} is damaged or half-written: going on from the checkpoint before")
+        shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+        path.rename(path.with_suffix(".damaged"))
+    return found, json.loads((found / "state.json").read_text()) if found else {}
 
 
 # What save_checkpoint made flat, back in the optimizer.
@@ -558,8 +577,9 @@ READ |= {"reward": evaluate.reward_name, "chat_template_kwargs": evaluate.json_o
 def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
     defaults = "Defaults stand in brackets: those of --model tiny | those of any other --model."
     raw = argparse.RawDescriptionHelpFormatter
-    about = {"description": __doc__, "epilog": defaults, "formatter_class": raw}
-    parser = argparse.ArgumentParser(allow_abbrev=False, **about)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=defaults, formatter_class=raw, allow_abbrev=False
+    )
     parser.error = lambda message: need(False, message)  # one line, as all errors here
     add = parser.add_argument
     for f in dataclasses.fields(Config):
@@ -568,15 +588,15 @@ def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
         if isinstance(tiny, bool):
             add(flag(f.name), action="store_true", default=argparse.SUPPRESS, help=text)
             continue
-        text += f" [{tiny}]" if tiny == large else f" [{tiny} | {large}]"
+        if tiny != "":  # which says nothing
+            text += f" [{tiny}]" if tiny == large else f" [{tiny} | {large}]"
         add(flag(f.name), type=READ.get(f.name, type(tiny)), default=argparse.SUPPRESS, help=text)
     path = evaluate.file_path
     add("--out", type=path, help="run folder [runs/MODEL-ALLOCATOR-seedSEED]")
     add("--resume", type=path, metavar="DIR", help="go on with that run, for more --steps or in less memory")
     add("--compare", type=path, nargs="+", metavar="RUN", help="draw runs on one picture, --out PNG")
     args = parser.parse_args(argv)
-    names = [f.name for f in dataclasses.fields(Config)]
-    return {name: getattr(args, name) for name in names if name in args}, args
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}, args
 
 
 # All settings of a new run: the defaults are those of the model that was asked for.
@@ -663,23 +683,25 @@ def new_folder(c: Config, wanted: Path | None) -> Path:
     raise ValueError(f"runs/{name} and all its numbers are taken: choose a folder with --out")
 
 
-# One process a run folder, as long as the returned file is open. The file is never replaced.
+# One process a run folder, as long as the returned file is open. The file is never replaced. (lockf: the
+# processes that a reward has forked do not hold it when this one is killed.)
 def lock(out: Path):
     file = (out / "lock").open("a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(f"{out}: another train.py is at work on this run: wait, or stop it") from error
     return file
 
 
 # What a checkpoint says of a run besides its model, when nothing has happened yet. The tasks are hashed,
-# and one's own reward with all that it sees: a run goes on with those that it began with, or not at all.
+# and one's own reward: its name, its file (not what it imports), and the tasks' other columns, which it
+# sees. A run goes on with those that it began with, or not at all.
 def first_state(c: Config, train_tasks, held_out) -> dict:
     tasks, own = train_tasks + held_out, ""
     if c.reward:
-        own = evaluate.reward_file(c.reward).read_bytes() + repr([t.extra for t in tasks]).encode()
-        own = hashlib.sha256(own).hexdigest()[:16]
+        code = evaluate.reward_file(c.reward).read_text(errors="replace")
+        own = evaluate.short_hash(c.reward.rpartition(":")[2], code, *(repr(t.extra) for t in tasks))
     tasks = hashlib.sha256((repr(tasks) + own).encode()).hexdigest()
     return {"tasks": tasks, "step": 0, "best": (-1.0, 0)}  # step: the last one done; best: success, step
 
@@ -701,8 +723,9 @@ def open_new(c: Config, wanted: Path | None) -> Run:
         raise
 
 
-# What may change when a run goes on, besides more steps: of its numbers only the rounding does.
-MEMORY = ("tokens_per_microbatch", "checkpointing", "gpu_memory")
+# What may change when a run goes on, besides more steps. The first three change nothing but the rounding;
+# the others may lie elsewhere now, and what they hold is compared.
+MAY_CHANGE = ("tokens_per_microbatch", "checkpointing", "gpu_memory", "tasks", "reward")
 
 
 # The run to resume, from its newest whole checkpoint; None if it is finished.
@@ -712,7 +735,7 @@ def open_old(given: dict, args) -> Run | None:
     trusted = given.get("trust_remote_code") or not c.trust_remote_code
     need(trusted, f"--resume {out} would run the model's code: add --trust-remote-code if you do")
     longer = given.get("steps", 0) > c.steps
-    changed = {k: v for k, v in given.items() if k in MEMORY or (k == "steps" and longer)}
+    changed = {k: v for k, v in given.items() if k in MAY_CHANGE or (k == "steps" and longer)}
     now = dataclasses.replace(c, **changed)
     other = [f"{flag(k)} {getattr(c, k)} (not {v})" for k, v in given.items() if v != getattr(now, k)]
     need(not other, f"--resume {out}: the run has {', '.join(other)}: drop that, or start a new run")
@@ -723,14 +746,11 @@ def open_old(given: dict, args) -> Run | None:
     locked, state = lock(out), first_state(now, *tasks)
     checkpoint, saved = newest_checkpoint(out)
     same = saved.get("tasks") in (None, state["tasks"])
-    either = f"--tasks {c.tasks}" + (f" or --reward {c.reward}" if c.reward else "")
+    either = f"--tasks {now.tasks}" + (f" or --reward {now.reward}" if now.reward else "")
     need(same, f"{either} has changed since {checkpoint}: put it back")
-    rows = out / "metrics.jsonl"
-    whole = checkpoint or not rows.is_file() or not rows.stat().st_size
-    need(whole, f"{out} has rows, but no whole checkpoint: it is left as it is; start a new run")
     # Edited by hand, it would not be the same run any more. (Older runs hold relative paths.)
     was = {k: READ.get(k, lambda text: text)(v) for k, v in saved.pop("config", {}).items()}
-    edited = [flag(k) for k, v in was.items() if v != getattr(c, k, v) and k not in {"steps", *MEMORY}]
+    edited = [flag(k) for k, v in was.items() if v != getattr(c, k, v) and k not in {"steps", *MAY_CHANGE}]
     need(not edited, f"{out}/config.json has changed: {', '.join(edited)}: put it back")
     run = set_up(now, out, locked, *tasks, checkpoint, state | saved)
     if longer:
@@ -770,9 +790,9 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
 
     limits = (c.max_new_tokens, c.temperature)
     if engine == "vllm":  # before the model moves to the GPU: the engine measures how much is free
-        trust = {"trust_remote_code": c.trust_remote_code}
+        more = {"gpu_memory": c.gpu_memory, "trust_remote_code": c.trust_remote_code}
         with rollout.loading(path):
-            sampler = rollout.VLLMSampler(path, tokenizer, *limits, longest, c.gpu_memory, **trust)
+            sampler = rollout.VLLMSampler(path, tokenizer, *limits, longest, **more)
     else:
         sampler = rollout.HFSampler(model, tokenizer, *limits)
     model.to(rollout.device())
@@ -872,7 +892,8 @@ def main(argv=None) -> None:
         sys.exit(out_of_memory(error, "start again"))
     if run is None:
         return
-    go_on = f"python train.py --resume {run.out}"
+    go_on = f"python train.py --resume {shlex.quote(str(run.out))}"
+    kept = {number: signal.getsignal(number) for number in STOPS}
     try:
         with contextlib.closing(run):
             try:
@@ -885,16 +906,20 @@ def main(argv=None) -> None:
         sys.exit(f"interrupted; go on with: {go_on}")
     except OSError as error:
         why = f"a write failed ({error}); the last checkpoint is whole"
-        sys.exit(f"train.py: stopped: {why}: make room, then {go_on}")
+        sys.exit(f"train.py: stopped: {why}: make room, or mend what failed, then {go_on}")
     except (RunStopped, reward.BadReward) as error:
         sys.exit(f"train.py: stopped: {error}")
     except RuntimeError as error:
         sys.exit(out_of_memory(error, go_on))
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
-# The line for a full GPU; torch and vLLM have errors of their own for it. Any other error is raised again.
+# The line for a full GPU; torch and vLLM have errors of their own for it. Any other error is raised again,
+# a reward's too, which may have a card or a container of its own.
 def out_of_memory(error: RuntimeError, then: str) -> str:
-    if "out of memory" not in str(error):
+    if "out of memory" not in str(error) or str(error).startswith("reward "):
         raise error
     less = "a lower --tokens-per-microbatch or --gpu-memory, or --checkpointing"
     return (

@@ -136,6 +136,11 @@ CASES = {
     "resumed with an abbreviated setting": ("--resume old", {"old/config.json": '{"ste": 9}'}, "--ste=9"),
     "resumed with fewer steps": ("--resume old --steps 50", OLD, "has --steps 100 (not 50): drop that"),
     "resumed without a whole checkpoint": ("--resume old", OLD, "has rows, but no whole checkpoint"),
+    "resumed with damaged checkpoints only": (
+        "--resume old",
+        OLD | checkpoint() | {"old/checkpoint/step-000000/notes.txt": "the good one"},
+        "no whole checkpoint: it is left as it is",
+    ),
     "resumed a model instead of its run": (
         "--resume old/final", {"old/final/config.json": '{"model_type": "llama"}'}, "no run; --resume",
     ),
@@ -228,7 +233,7 @@ def tokens_of_another_model(model):
 MODELS = {  # name: (what is done to a copy of the embedded model, more flags, what the line must say)
     "weights cut short": (cut_short, "", "cannot be loaded (SafetensorError"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "", "cannot be loaded (OSError"),
-    "no tokenizer": (without_tokenizer, "", "the tokenizer makes nothing of"),
+    "no tokenizer": (without_tokenizer, "", "the tokenizer reads"),
     "a damaged tokenizer": (lambda m: (m / "tokenizer.json").write_text("[]"), "", "loaded (TypeError"),
     "another model's tokenizer": (tokens_of_another_model, "", "its weights know 16 tokens"),
     "a config that is no JSON": (lambda m: (m / "config.json").write_text("{"), "", "loaded (OSError"),

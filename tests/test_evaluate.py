@@ -50,6 +50,19 @@ def test_bootstrap_se_matches_the_textbook_one():
     assert evaluate.bootstrap_se(values, draws=4000) == pytest.approx(values.std() / 20, rel=0.05)
 
 
+def test_pictures_leave_matplotlib_as_it_was(tmp_path):
+    """Catches: a notebook whose own plots change, or are not shown any more, once a run has been drawn."""
+    import matplotlib.pyplot as plt
+
+    plt.get_backend()  # it chooses one now
+    before = dict(plt.rcParams)
+    with evaluate.picture(tmp_path / "a.png", 1, 2) as (_, (a, b)):
+        a.plot([1, 2])
+        assert not b.spines["top"].get_visible()
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    assert dict(plt.rcParams) == before and plt.get_fignums() == []
+
+
 @pytest.mark.parametrize(
     "name, want",
     [("Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-1.5B"), ("owner/model", "owner/model")],

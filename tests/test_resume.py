@@ -1,14 +1,16 @@
 """Nothing is lost: kills, damaged checkpoints, failed writes; then the same end as if nothing had been."""
 
 import dataclasses
-import fcntl
 import json
+import os
 import random
 import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -108,17 +110,78 @@ def test_a_run_goes_on_with_its_own_reward(tmp_path):
     code.write_text("def f(tasks, texts): ...\n")
     first = fingerprint(unit="m")
     assert first == fingerprint(unit="m") != fingerprint(unit="s")
+    one, other = object(), object()  # their addresses differ, as those of pictures do
+    assert fingerprint(of=one) == fingerprint(of=other)
+    moved = dataclasses.replace(c, reward=f"{code}:g")
+    assert first != train.first_state(moved, [reward.Task("a", "1+1=", "2", {"unit": "m"})], [])["tasks"]
     code.write_text("def f(tasks, texts): return [1] * len(texts)\n")
     assert first != fingerprint(unit="m")
 
 
 def test_a_run_in_use_is_left_alone(broken_off, main):
-    with (broken_off / "lock").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """By another process; its children do not hold it when it is killed."""
+    code = "import os, sys, time, pathlib, train; file = train.lock(pathlib.Path(sys.argv[1]))\n"
+    code += "print(os.fork(), flush=True)\ntime.sleep(600)"
+    command = [sys.executable, "-c", code, broken_off]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        child = max(int(holder.stdout.readline()), int(holder.stdout.readline()))
         before = tree(broken_off)
         error, _ = main("--resume", broken_off)
         assert "another train.py is at work on this run" in error
         assert tree(broken_off) == before
+        holder.kill()
+        holder.wait()
+        train.lock(broken_off).close()
+        os.kill(child, signal.SIGKILL)  # it was there all the time
+
+
+def test_tasks_that_lie_elsewhere_now(main, tmp_path):
+    """Catches: a run that is lost because its files were moved; other tasks taken for the moved ones."""
+    lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": f"{a + b}"}) for a in range(9) for b in range(9)]
+    (old := tmp_path / "t.jsonl").write_text("\n".join(lines))
+    flags = ["--prompts", 4, "--budget", 8, "--held-out", 8, "--eval-samples", 1, "--engine", "hf"]
+    assert main("--tasks", old, *flags, "--steps", 1, "--out", tmp_path / "run")[0] == 0
+    (new := tmp_path / "there" / "t.jsonl").parent.mkdir()
+    new.write_text("\n".join(lines[::-1]))
+    old.unlink()
+    more = ["--resume", tmp_path / "run", "--steps", 2, "--tasks", new]
+    assert f"--tasks {new} has changed since" in main(*more)[0]
+    new.write_text("\n".join(lines))
+    assert main(*more)[0] == 0 and train.read_config(tmp_path / "run").tasks == str(new)
+
+
+def test_what_others_leave_beside_the_files(broken_off):
+    """Catches: a run lost to a file browser; a copy of a checkpoint taken for the newest one."""
+    last, before = checkpoints(broken_off)[-1], checkpoints(broken_off)[-2]
+    (last / ".DS_Store").write_text("")
+    (last / ".ipynb_checkpoints").mkdir()
+    (last / ".ipynb_checkpoints" / "state.json").write_text("{}")
+    shutil.copytree(before, last.with_name("step-best"))
+    assert train.newest_checkpoint(broken_off)[0] == last
+
+
+def test_signals_are_ours_only_while_we_train(calm, main, tmp_path, monkeypatch):
+    """Catches: a process that a reward has forked and cannot end; Ctrl-C swallowed after the run."""
+    ended, loop = [], train.save_or_stop
+
+    def fork(run, row, stop, clock):
+        here, there = os.pipe()
+        if (child := os.fork()) == 0:
+            os.write(there, b"x")
+            time.sleep(60)  # the signal ends it sooner
+            os._exit(0)
+        os.read(here, 1)  # it is there
+        os.kill(child, signal.SIGTERM)
+        ended.append((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stop))
+        loop(run, row, stop, clock)
+
+    monkeypatch.setattr(train, "save_or_stop", fork)
+    handlers = [signal.getsignal(number) for number in train.STOPS]
+    shutil.copy(calm / "config.json", tmp_path)
+    assert main("--resume", tmp_path)[0] == 0
+    assert ended == [(-signal.SIGTERM, [])] * STEPS
+    assert [signal.getsignal(number) for number in train.STOPS] == handlers
+    train.lock(tmp_path).close()
 
 
 # ---------------------------------------------------------------------------------------- damage
@@ -255,7 +318,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(calm, broken_off, main):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "a write failed" in error and "File too large" in error and "\n" not in error
-    assert f"make room, then python train.py --resume {broken_off}" in error
+    assert f"make room, or mend what failed, then python train.py --resume {broken_off}" in error
     assert {path: train.checksums(path) for path in checkpoints(broken_off)} == before
     assert not list(broken_off.rglob("*.part")) and not (broken_off / "final").exists()
     code, _ = main("--resume", broken_off)
@@ -286,8 +349,8 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
 
 
 def test_the_best_is_the_best(calm):
-    evaluated = {r["step"]: r["eval_success"] for r in rows(calm / "metrics.jsonl")[1:] if r["eval_success"]}
-    assert set(evaluated) == set(range(EVAL_EVERY, STEPS + 1, EVAL_EVERY))
+    evaluated = {r["step"]: r["eval_success"] for r in rows(calm / "metrics.jsonl") if r["eval_success"]}
+    assert set(evaluated) == set(range(0, STEPS + 1, EVAL_EVERY))  # the untouched model may be it
     best = max(evaluated, key=evaluated.get)  # of equal ones the first
     assert (calm / "checkpoint" / f"step-{best:06d}").is_dir()
     state = json.loads((checkpoints(calm)[-1] / "state.json").read_text())

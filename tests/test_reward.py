@@ -380,12 +380,11 @@ def test_only_a_box_counts_where_a_box_was_asked_for():
 
 @given(*2 * [st.fractions(-(10**6), 10**6, max_denominator=10**6)])
 @settings(deadline=None)
-def test_plain_fractions_against_exact_arithmetic(x, y):
+def test_plain_fractions_against_exact_arithmetic(verifier, x, y):
     """Verdicts on plain fractions must agree with exact arithmetic."""
     sign = "-" if x < 0 else ""
     latex = rf"\boxed{{{sign}\frac{{{abs(x.numerator)}}}{{{x.denominator}}}}}"
-    with Verifier() as quick:
-        assert quick.score_many([latex] * 2, [str(x), str(y)]).tolist() == [1, float(x == y)]
+    assert verifier.score_many([latex] * 2, [str(x), str(y)]).tolist() == [1, float(x == y)]
 
 
 @given(st.text(max_size=60), st.sampled_from(["5", "C", "x+1"]))
@@ -705,6 +704,7 @@ FAULTS = {
     "no answer": ({"prompt": "p"}, "needs the keys"),
     "prompt not text": ({"prompt": 3, "answer": "2"}, "prompt must be text"),
     "prompt blank": ({"prompt": " ", "answer": "2"}, "the prompt is blank"),
+    "half an emoji": ({"prompt": "\ud83d?", "answer": "2"}, "half a character"),
     "unknown columns": ({"text": "p", "label": "2"}, r"found \['text', 'label'\]"),
     "messages without a reply": ({"messages": [{"role": "user", "content": "p"}]}, "answer must be text"),
     "a conversation without text": ({"prompt": [{"role": "user"}], "answer": "2"}, "prompt must be text"),
@@ -922,6 +922,8 @@ def test_split_bounds():
     tasks = load_tasks("arithmetic")
     assert [len(side) for side in split_held_out(tasks, 256)] == [1024, 256]
     assert split_held_out(tasks, 0) == (tasks, [])
+    brackets = [Task(f"{i}", f"{i:08b}".translate({48: "[", 49: "]"}), "1") for i in range(200)]
+    assert [len(side) for side in split_held_out(brackets, 40)] == [160, 40]
     for n in (-1, 1280):
         with pytest.raises(ValueError, match="hold out fewer"):
             split_held_out(tasks, n)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -268,6 +269,15 @@ def test_what_a_template_is_told(own_tokenizer):
     plus, equals = (own_tokenizer(text)["input_ids"] for text in ("7+", "7="))
     assert rollout.encode_prompts(own_tokenizer, ["7"], True, {"thinking": True}) == [plus]
     assert rollout.encode_tasks(own_tokenizer, [task], "", True, off) == {"a": equals}
+
+
+@pytest.mark.parametrize("prompt", ["9-4=", "What is 9+4?", "π"])
+def test_characters_that_a_vocabulary_lacks(own_tokenizer, prompt):
+    """Catches: 9-4= and 9*4= both asked as 94=, without a word. Spaces may go."""
+    tasks = [SimpleNamespace(id="a", prompt="9 + 4="), SimpleNamespace(id="b", prompt=prompt)]
+    assert list(rollout.encode_tasks(own_tokenizer, tasks[:1])) == ["a"]
+    with pytest.raises(ValueError, match=re.escape(f"the tokenizer reads {prompt!r} as")):
+        rollout.encode_tasks(own_tokenizer, tasks)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,10 @@ def test_a_full_gpu_is_one_line(main, tmp_path, monkeypatch):
         m.setattr(rollout.HFSampler, "sync", full_card)
         error, _ = main(*SMALL, "--out", tmp_path / "early")
         assert said.format("start again") in error
+    with monkeypatch.context() as m:  # a reward's own container is no GPU of ours
+        m.setattr("reward.Verifier.__call__", full_card)
+        with pytest.raises(RuntimeError, match="reward Verifier failed"):
+            main(*SMALL, "--out", tmp_path / "reward")
     monkeypatch.setattr(grpo, "update", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         main(*SMALL, "--out", tmp_path / "other")

@@ -107,7 +107,7 @@ def lost(engine, model, column: int = 5) -> list[str]:
 
 def trips_the_canary(model, rollouts):
     try:
-        train.canary(model, rollouts, train.Config(), grpo.token_logprobs)
+        train.canary(model, rollouts, train.Config())
     except train.RunStopped as stopped:
         return "it samples from other weights" in str(stopped)
     return False

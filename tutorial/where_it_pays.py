@@ -272,7 +272,7 @@ def one(work: Path, job: dict) -> dict:
             try:
                 train.main(words)
                 if not rule.startswith("saving"):  # which means to draw less
-                    go_on(folder, seen, job["steps"], job["budget"])
+                    go_on(folder, job["steps"], job["budget"])
             except SystemExit as stop:
                 stopped = str(stop.code)
                 if not any(end in stopped for end in OUTCOMES):
@@ -291,12 +291,11 @@ def one(work: Path, job: dict) -> dict:
 
 
 # A rule that drew less gets more steps, until it has drawn as much.
-def go_on(folder: Path, seen, steps: int, budget: int) -> None:
+def go_on(folder: Path, steps: int, budget: int) -> None:
     def drawn() -> list[int]:
         return [row["budget"] for row in evaluate.each_row(folder / "metrics.jsonl")][1:]
 
     while (left := steps * budget - sum(drawn())) >= budget / 2:
-        seen.run.locked.close()
         further = len(drawn()) + max(1, round(left / np.mean(drawn()[-10:])))
         train.main(["--resume", str(folder), "--steps", str(further)])
 

@@ -117,7 +117,7 @@ def main() -> None:
         shortest = min(len(r.response_ids) for r in rollouts)
         group = np.array([r.group for r in rollouts])
         right = np.diff(group, prepend=-1) > 0  # the first of each group
-        gap = phase("canary", lambda r=rollouts: train.canary(model, r, c, grpo.token_logprobs))
+        gap = phase("canary", lambda r=rollouts: train.canary(model, r, c))
         phase("sleep", engine.sleep)
         advantages = grpo.group_advantages(right, group)
         settings = dict(minibatches=minibatches, tokens_per_microbatch=c.tokens_per_microbatch, bfloat16=True)
