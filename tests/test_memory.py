@@ -214,8 +214,9 @@ def test_the_readme():
         assert line in readme, line
     totals = [f"{sum(parts.values()) / 1e9:.1f}" for parts in small.values()]
     moments = f"{small['update']['moments'] / 1e9:.1f}"
-    said = f"moments of {moments} GB; {totals[0]} while it samples and {totals[1]} in the update"
-    assert said in " ".join(readme.split()), said
+    page = " ".join((ROOT / "tutorial" / "one_gpu.md").read_text().split())
+    said = f"has {moments} GB of them; it holds {totals[0]} GB while it samples and {totals[1]} in the update"
+    assert said in page, said
 
 
 def test_what_a_card_showed():
