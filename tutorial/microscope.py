@@ -303,7 +303,8 @@ def details(bed: str, budget: int, steps: int) -> str:
             f"{r['cosine']:.2f} ± {r['se']:.2f}",
             "" if r["direction"] is None else f"{r['direction']:.2f}",
         ]
-        cells += [f"{r['signal']:.2f}", f"{r['length'] / base:.2f}"]
+        # Where no direction is seen, the signal is as uncertain.
+        cells += ["" if r["direction"] is None else f"{r['signal']:.2f}", f"{r['length'] / base:.2f}"]
         lines.append(f"| {r['rule']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
