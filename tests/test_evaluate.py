@@ -78,11 +78,10 @@ def test_unknown_models_are_refused(name):
 
 
 def test_held_out_problems_are_those_train_holds_out():
-    from reward import load_tasks, split_held_out
-
-    _, held_out = train.prepare(train.settings({}))
-    assert split_held_out(load_tasks("arithmetic"), 256, seed=0)[1] == held_out
+    """Whatever the seed. Catches: a model scored on problems that it trained on."""
+    held_out = train.prepare(train.settings({"seed": 7}))[1]
     assert len(held_out) == 256
+    assert evaluate.prepare(evaluate.parse_args(["--held-out", "256"]))[0] == held_out
 
 
 def test_measures_against_counting():
@@ -252,12 +251,22 @@ def test_a_reward_of_ones_own_scores_here_too(tmp_path, monkeypatch):
     assert [result] == run(tmp_path / "b.json", "--limit", "20")["results"]
 
 
-def test_where_a_box_is_asked_for_only_a_box_counts(monkeypatch):
+@pytest.mark.parametrize("more, want", [([], 0.0), (["--lenient"], 1.0)])
+def test_where_a_box_is_asked_for_only_a_box_counts(tmp_path, monkeypatch, more, want):
     """Catches: a benchmark scored leniently without being asked to."""
-    judge = evaluate.judge_of(None, evaluate.default_instruction("math500"))
-    assert judge.score_many(["It is 5.", r"\boxed{5}"], ["5", "5"]).tolist() == [0, 1]
-    judge = evaluate.judge_of(None, "")
-    assert judge.score_many(["5", r"\boxed{5}"], ["5", "5"]).tolist() == [1, 1]
+
+    class Bare:
+        def sample(self, prompts, counts, seed):
+            asked = np.repeat(np.arange(len(prompts)), counts)
+            return [Rollout(int(i), tuple(prompts[i]), (1,), (0.0,), answer) for i in asked]
+
+        def close(self): ...
+
+    answer = evaluate.reward.load_tasks("arithmetic")[0].answer
+    monkeypatch.setattr(evaluate, "open_sampler", lambda *_: Bare())
+    monkeypatch.setattr(rollout, "encode_tasks", lambda _, tasks, *__: {t.id: [6] for t in tasks})
+    (r,) = run(tmp_path / "a.json", "--limit", "1", "--instruction", evaluate.BOXED, *more)["results"]
+    assert r["scores"]["avg@4"]["mean"] == want
 
 
 def test_changed_weights_are_sampled_anew(tmp_path, noisy):

@@ -396,6 +396,9 @@ def test_clipped_loss_and_its_gradient_against_a_scalar_loop():
     ratio = (logp - old).exp()
     assert sums["clip_low"] == int(((advantages < 0) & (ratio < 0.8)).sum()) > 0
     assert sums["clip_high"] == int(((advantages > 0) & (ratio > 1.28)).sum()) > 0
+    r = (logp - sampler).detach()
+    assert sums["kl"] == pytest.approx(float((r.exp() - 1 - r).sum()))
+    assert sums["entropy_live"] == pytest.approx(float(-logp.detach().sum()))
 
 
 # --------------------------------------------------------------------------------------- update
@@ -418,22 +421,34 @@ def example(seed=5, **settings):
     return rollouts, grpo.group_advantages(rewards, group)
 
 
-def test_update_is_the_plain_gradient_over_all_rollouts(model):
-    """Catches: a denominator that forgets silent rollouts, or counts rows or microbatches, not tokens."""
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_update_is_the_plain_gradient_over_all_rollouts(model, temperature):
+    """Catches: a denominator that forgets silent rollouts, or counts rows or microbatches, not tokens; a
+    temperature that does not arrive."""
     rollouts, advantages = example()
     total = sum(len(r.response_ids) for r in rollouts)
     loss = 0.0
     for r, a in zip(rollouts, advantages, strict=True):  # every rollout, the silent ones too
-        logp = naive_logprobs(model, r)
+        logp = naive_logprobs(model, r, temperature)
         weight = (logp.detach() - torch.tensor(r.logprobs)).exp().clamp(max=2.0)
         loss = loss - (weight * a * (logp - logp.detach()).exp()).sum() / total
     want = torch.autograd.grad(loss, list(model.parameters()))
-    got, stats = step_taken(model, rollouts, advantages)
+    got, stats = step_taken(model, rollouts, advantages, temperature=temperature)
     for a, b in zip(got, want, strict=True):
         assert torch.allclose(a, b, atol=1e-7)  # logprobs and advantages travel as float32
     assert stats["loss"] == pytest.approx(float(loss.detach()), abs=1e-6)
     silent = sum(len(r.response_ids) for r, a in zip(rollouts, advantages, strict=True) if a == 0)
     assert stats["skipped_tokens"] == pytest.approx(silent / total) and silent > 0
+
+
+def test_a_long_gradient_is_shortened(model):
+    rollouts, advantages = example()
+    clipped = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(clipped.parameters(), lr=1.0)
+    stats = grpo.update(clipped, optimizer, rollouts, advantages, max_grad_norm=0.1)
+    moved = [(a - b).flatten() for a, b in zip(model.parameters(), clipped.parameters(), strict=True)]
+    assert stats["grad_norm"] > 1  # as it was
+    assert float(torch.cat(moved).detach().norm()) == pytest.approx(0.1, rel=1e-3)
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])
@@ -558,17 +573,19 @@ def test_several_minibatches_are_steps_on_one_old_policy(model, monkeypatch):
     assert stats["clip_low"] + stats["clip_high"] > 0  # the second minibatch is off the old policy
 
     naive = copy.deepcopy(model)
-    old = {i: naive_logprobs(model, rollouts[i]).detach() for i in live}
+    old, losses = {i: naive_logprobs(model, rollouts[i]).detach() for i in live}, []
     for batch in seen:
         loss = 0.0
         for i in batch:
             sampler = torch.tensor(rollouts[i].logprobs)
             logp, a = naive_logprobs(naive, rollouts[i]), advantages[i]
             loss = loss + naive_loss(logp, old[i], [a] * len(logp), total / k, sampler, 0.2, 0.28, 10.0, 2.0)
+        losses.append(float(loss.detach()))
         gradients = torch.autograd.grad(loss, list(naive.parameters()))
         with torch.no_grad():
             for p, g in zip(naive.parameters(), gradients, strict=True):
                 p -= lr * g
+    assert stats["loss"] == pytest.approx(np.mean(losses), abs=1e-6)
     for a, b in zip(trained.parameters(), naive.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 

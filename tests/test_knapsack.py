@@ -1,6 +1,5 @@
 """knapsack.py against oracles: exact rationals, mpmath, brute force, simulation. Each test names its bug."""
 
-import doctest
 import itertools
 import json
 from fractions import Fraction
@@ -254,9 +253,13 @@ def test_state_round_trips_through_json():
     empty.load_state_dict(json.loads(json.dumps(SuccessTracker(0.5).state_dict())))
     assert empty.discount == 0.5 and np.array_equal(empty.estimate([1]), SuccessTracker(0.5).estimate([1]))
     tracker.update(np.arange(3), [1, 2, 3], [8, 8, 8])  # NumPy ints are ints too
+    history = list(random_history(rng))
+    for ids, s, t in history[:10]:
+        tracker.update(ids, s, t)
+    assert tracker.shift and len(history) > 10
     restored = SuccessTracker()
     restored.load_state_dict(json.loads(json.dumps(tracker.state_dict())))
-    for ids, s, t in random_history(rng):
+    for ids, s, t in history[10:]:
         for x in (tracker, restored):
             x.update(ids, s, t)
         asked = [*ids, 0, 1, 2, "1"]
@@ -607,14 +610,16 @@ def test_saving_gives_n_min_where_silence_is_likely(budget):
     assert np.array_equal(allocate_saving((alpha, beta), budget, mixed=0), even)
 
 
-def test_a_hundred_thousand_prompts():
+def test_thousands_of_prompts():
     """Catches: a table of gains that stops before the last one worth buying, and wrong ties."""
-    m = 100_000
+    m, tables = 3_000, []
     for name, p, budget in big_batches(np.random.default_rng(0), m):
-        got = allocate(p, budget, n_max=12)
-        g = knapsack._gains(p, 11)[1:]  # (10, M)
+        got = allocate(p, budget)
+        g = knapsack._gains(p, 127)[1:]  # (126, M)
+        tables.append(got.max() > 10 + 3 * (budget - 2 * m) // m)  # the first table was too small
         order = np.argsort(-g.ravel(), kind="stable")[: budget - 2 * m]
         assert np.array_equal(got, 2 + np.bincount(order % m, minlength=m)), name
+    assert any(tables)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(4, 9), st.booleans())
@@ -754,9 +759,3 @@ def test_arguments_are_left_alone():
     values = table(p, 5)[:, 1:]
     solve_dp(values, 3), solve_greedy(values, 3)
     assert all(np.array_equal(x, y) for x, y in zip((a, b, p, w), before, strict=True))
-
-
-def test_docstring_examples():
-    """Catches: an example in the docs that no longer prints what it shows."""
-    result = doctest.testmod(knapsack)
-    assert result.attempted >= 3 and result.failed == 0

@@ -107,18 +107,6 @@ def test_points_are_posterior_means(rule):
     assert np.array_equal(allocate(AB, 40, 2, 20), allocate(AB[0] / (AB[0] + AB[1]), 40, 2, 20))
 
 
-def test_hora_is_a_ratio_of_beta_functions():
-    """Catches: E[q]^n in place of E[q^n]."""
-    a, b = AB
-    for n in (1, 5, 30):
-        log = [
-            math.lgamma(y + n) + math.lgamma(x + y) - math.lgamma(y) - math.lgamma(x + y + n)
-            for x, y in zip(a, b, strict=True)
-        ]
-        quadrature = [average(lambda p, n=n: (1 - p) ** n, x, y) for x, y in zip(a, b, strict=True)]
-        assert np.allclose(np.exp(log), quadrature, rtol=1e-4)
-
-
 def test_proportions_at_a_large_budget():
     """Closed forms. Catches: 1/p where 1/sqrt(p) is meant, or the other way round."""
     n = neighbours.neyman(P, 40_000, 2, 10**5) - 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import evaluate
+import grpo
 import knapsack
 import train
 
@@ -34,6 +35,7 @@ def test_an_allocator(main, tmp_path, monkeypatch):
     assert code == 0 and rows(tmp_path / "run", "metrics")[-1]["step"] == 3
     code, said = main("--compare", tmp_path / "run", "--out", tmp_path / "picture.pdf")
     assert code == 0 and (tmp_path / "picture.pdf").read_bytes().startswith(b"%PDF")
+    assert {"color", "linestyle"} <= evaluate.look("neyman").keys()
 
 
 def test_a_value_function():
@@ -59,12 +61,6 @@ REWARDS = """
 def graded(tasks, texts):
     return [0.9 if task.extra["want"] in text else 0.2 for task, text in zip(tasks, texts)]
 
-def too_few(tasks, texts):
-    return [1.0]
-
-def beyond(tasks, texts):
-    return [-1.0 for _ in texts]
-
 def nothing(tasks, texts):
     return [float("nan") for _ in texts]
 
@@ -82,11 +78,13 @@ def mine(tmp_path):
     return f"{tmp_path / 'mine.py'}:", [*SMALL, "--tasks", tmp_path / "sums.jsonl", "--out", tmp_path / "run"]
 
 
-def test_a_reward(main, mine, tmp_path):
+def test_a_reward(main, mine, tmp_path, monkeypatch):
     """Graded rewards: the advantages see them as they are, the tracker counts those above 0.5."""
+    seen, real = set(), grpo.group_advantages
+    monkeypatch.setattr(grpo, "group_advantages", lambda r, g: seen.update(r) or real(r, g))
     file, flags = mine
     code, said = main(*flags, "--reward", file + "graded")
-    assert code == 0, said
+    assert code == 0 and seen == {0.2, 0.9}, said
     for m, g in zip(rows(tmp_path / "run", "metrics")[1:], rows(tmp_path / "run", "groups"), strict=True):
         n, s = np.array(g["counts"]), np.array(g["successes"])
         assert m["reward_mean"] == pytest.approx(np.mean(0.2 + 0.7 * s / n))
@@ -97,14 +95,10 @@ def test_a_reward(main, mine, tmp_path):
         assert sample["wrong"] is None or "1" not in sample["wrong"]
 
 
-@pytest.mark.parametrize(
-    "name, says",
-    [("too_few", "too_few returned 1 for"), ("beyond", "gave -1.0 to"), ("nothing", "gave nan to")],
-)
-def test_what_is_no_reward_is_one_line(main, mine, name, says):
+def test_what_is_no_reward_is_one_line(main, mine):
     file, flags = mine
-    error, _ = main(*flags, "--reward", file + name)
-    assert error.startswith("train.py: stopped: ") and says in error and "\n" not in error
+    error, _ = main(*flags, "--reward", file + "nothing")
+    assert error.startswith("train.py: stopped: ") and "gave nan to" in error and "\n" not in error
 
 
 def test_an_exception_in_the_users_reward_shows_where(main, mine):
@@ -128,13 +122,8 @@ def test_a_run_with_a_reward_goes_on_from_elsewhere(main, mine, tmp_path, monkey
     assert main("--resume", tmp_path / "run", "--steps", 3)[0] == 0
 
 
-@pytest.mark.parametrize("spec", ["absent.py:f", "mine.py", "mine.py:absent", "mine.txt:f"])
-def test_a_reward_that_is_not_there_is_one_line(main, mine, tmp_path, spec):
+def test_a_reward_that_is_not_there_is_one_line(main, mine, tmp_path):
     _, flags = mine
-    error, _ = main(*flags, "--reward", tmp_path / spec)
+    error, _ = main(*flags, "--reward", tmp_path / "absent.py:f")
     assert error.startswith("train.py: error: ") and "\n" not in error
     assert not (tmp_path / "run").exists()
-
-
-def test_every_name_has_a_look():
-    assert evaluate.look("neyman") not in evaluate.LOOK.values()

@@ -160,7 +160,7 @@ def test_what_others_leave_beside_the_files(broken_off):
     assert train.newest_checkpoint(broken_off)[0] == last
 
 
-def test_signals_are_ours_only_while_we_train(calm, main, tmp_path, monkeypatch):
+def test_signals_are_ours_only_while_we_train(main, tmp_path, monkeypatch):
     """Catches: a process that a reward has forked and cannot end; Ctrl-C swallowed after the run."""
     ended, loop = [], train.save_or_stop
 
@@ -177,11 +177,11 @@ def test_signals_are_ours_only_while_we_train(calm, main, tmp_path, monkeypatch)
 
     monkeypatch.setattr(train, "save_or_stop", fork)
     handlers = [signal.getsignal(number) for number in train.STOPS]
-    shutil.copy(calm / "config.json", tmp_path)
-    assert main("--resume", tmp_path)[0] == 0
-    assert ended == [(-signal.SIGTERM, [])] * STEPS
+    small = ["--steps", 1, "--prompts", 4, "--budget", 8, "--held-out", 4, "--eval-samples", 1]
+    assert main(*small, "--engine", "hf", "--out", tmp_path / "run")[0] == 0
+    assert ended == [(-signal.SIGTERM, [])]
     assert [signal.getsignal(number) for number in train.STOPS] == handlers
-    train.lock(tmp_path).close()
+    train.lock(tmp_path / "run").close()
 
 
 # ---------------------------------------------------------------------------------------- damage

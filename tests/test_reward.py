@@ -893,6 +893,8 @@ def test_hub_names(hub, name):
     found = [(t.id, t.prompt, t.answer, t.extra["level"]) for t in tasks]
     assert found == [(f"{name}-1", "q", gold, 3), (f"{name}-2", "q2", gold, 5)]
     assert hub.asked == reward.HUB[name]
+    trained_on = name in ("gsm8k", "math", "dapo17k", "aime24")  # (AIME 2024 has no other split)
+    assert reward.HUB[name][2] == ("train" if trained_on else "test")
 
 
 def test_hub_faults_are_one_line(hub):

@@ -271,6 +271,20 @@ def test_what_a_template_is_told(own_tokenizer):
     assert rollout.encode_tasks(own_tokenizer, [task], "", True, off) == {"a": equals}
 
 
+def test_an_instruction_stands_on_the_line_after_the_prompt():
+    class Letters:
+        eos_token_id = chat_template = None
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [*map(ord, text)]}
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    asked = rollout.encode_tasks(Letters(), [SimpleNamespace(id="a", prompt="1+1=")], "In a box.")
+    assert Letters().decode(asked["a"]) == "1+1=\nIn a box."
+
+
 @pytest.mark.parametrize("prompt", ["9-4=", "What is 9+4?", "π"])
 def test_characters_that_a_vocabulary_lacks(own_tokenizer, prompt):
     """Catches: 9-4= and 9*4= both asked as 94=, without a word. Spaces may go."""

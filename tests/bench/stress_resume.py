@@ -4,8 +4,8 @@
 
 Each run is killed again and again (SIGKILL, SIGTERM or SIGINT; at any moment after its start, some rows
 later, during a save, or during an evaluation), resumed each time, and at last left to finish. It must then
-hold, to the bit, what the undisturbed run holds: the rows of metrics.jsonl and groups.jsonl (but for times),
-the files of final/, of the last checkpoint and of the best. The result is written after every run.
+hold, to the bit, what the undisturbed run holds: the rows of its three .jsonl files (but for times), the
+files of final/, of the last checkpoint and of the best. The result is written after every run.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def files_in(folder: Path) -> set[Path]:
 def differences(one: Path, other: Path) -> list[str]:
     """What two finished runs do not have in common. A run that was asked to stop saved where it stopped, so
     its next to last checkpoint may be another one; the last and the best must be there."""
-    found = [f"{name}.jsonl" for name in ("metrics", "groups")
+    found = [f"{name}.jsonl" for name in ("metrics", "groups", "samples")
              if rows(one / f"{name}.jsonl") != rows(other / f"{name}.jsonl")]  # fmt: skip
     last = sorted((one / "checkpoint").iterdir())[-1]
     best = json.loads((last / "state.json").read_text())["best"][1]
