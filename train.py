@@ -381,10 +381,10 @@ def hopeless(rows) -> str | None:
     return f"for {PATIENCE} steps every group was silent, {shares}: nothing to learn from; {advice}"
 
 
-# Ctrl-C or a polite kill: the step is finished and saved. A second one stops at once.
-STOPS = (signal.SIGINT, signal.SIGTERM)
+STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a polite kill
 
 
+# The first of them lets the step be finished and saved. A second one stops at once.
 def asked_to_stop() -> list:
     asked: list[int] = []  # the signals that came
     ours = os.getpid()
@@ -593,7 +593,12 @@ def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
         add(flag(f.name), type=READ.get(f.name, type(tiny)), default=argparse.SUPPRESS, help=text)
     path = evaluate.file_path
     add("--out", type=path, help="run folder [runs/MODEL-ALLOCATOR-seedSEED]")
-    add("--resume", type=path, metavar="DIR", help="go on with that run, for more --steps or in less memory")
+    add(
+        "--resume",
+        type=path,
+        metavar="DIR",
+        help="go on with that run: more --steps, less memory, moved --tasks",
+    )
     add("--compare", type=path, nargs="+", metavar="RUN", help="draw runs on one picture, --out PNG")
     args = parser.parse_args(argv)
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}, args

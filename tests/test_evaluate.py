@@ -251,6 +251,14 @@ def test_a_reward_of_ones_own_scores_here_too(tmp_path, monkeypatch):
     assert [result] == run(tmp_path / "b.json", "--limit", "20")["results"]
 
 
+def test_who_judges_where_a_box_is_asked_for():
+    assert evaluate.parse_args(["--tasks", "math500"]).instruction == evaluate.BOXED
+    judge = evaluate.judge_of(None, evaluate.default_instruction("math500"))
+    assert judge.score_many(["It is 5.", r"\boxed{5}"], ["5", "5"]).tolist() == [0, 1]
+    judge = evaluate.judge_of(None, "")
+    assert judge.score_many(["5", r"\boxed{5}"], ["5", "5"]).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("more, want", [([], 0.0), (["--lenient"], 1.0)])
 def test_where_a_box_is_asked_for_only_a_box_counts(tmp_path, monkeypatch, more, want):
     """Catches: a benchmark scored leniently without being asked to."""
