@@ -612,14 +612,14 @@ def test_saving_gives_n_min_where_silence_is_likely(budget):
 
 def test_thousands_of_prompts():
     """Catches: a table of gains that stops before the last one worth buying, and wrong ties."""
-    m, tables = 3_000, []
+    m, grown = 3_000, []
     for name, p, budget in big_batches(np.random.default_rng(0), m):
         got = allocate(p, budget)
         g = knapsack._gains(p, 127)[1:]  # (126, M)
-        tables.append(got.max() > 10 + 3 * (budget - 2 * m) // m)  # the first table was too small
+        grown.append(got.max() > 10 + 3 * (budget - 2 * m) // m)  # the first table was too small
         order = np.argsort(-g.ravel(), kind="stable")[: budget - 2 * m]
         assert np.array_equal(got, 2 + np.bincount(order % m, minlength=m)), name
-    assert any(tables)
+    assert any(grown)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(4, 9), st.booleans())

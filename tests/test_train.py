@@ -21,12 +21,9 @@ FLAGS = ["--steps", str(STEPS), "--prompts", "16", "--budget", "96", "--held-out
 FLAGS += ["--eval-samples", "2", "--save-every", "2", "--engine", "hf"]
 
 
-def command(*flags):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
-
-
-def train(*flags, cwd=ROOT):
-    return subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True, timeout=300)
+def train(*flags):
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def train_here(*flags, cwd=ROOT):
