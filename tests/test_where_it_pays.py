@@ -202,7 +202,7 @@ def test_rules_run(rule, monkeypatch, tmp_path):
     """Catches: a rule that no longer fits train.py; one that gives away more than the budget."""
     from transformers.integrations import sdpa_attention
 
-    for name in ("set_up", "batch_of"):
+    for name in ("set_up", "batch_of", "make_optimizer"):
         monkeypatch.setattr(train, name, getattr(train, name))
     monkeypatch.setattr(knapsack, "SuccessTracker", knapsack.SuccessTracker)
     monkeypatch.setattr(grpo, "group_advantages", grpo.group_advantages)
@@ -220,6 +220,8 @@ def test_rules_run(rule, monkeypatch, tmp_path):
     assert rule.startswith("saving") or row["spent"] == 260
     groups = list(evaluate.each_row(tmp_path / f"{where_it_pays.slug_of(job)}.groups.jsonl"))
     assert all(1 not in g["counts"] for g in groups)
+    made = train.make_optimizer("adamw", torch.nn.Linear(2, 2), 1e-4)
+    assert type(made).__name__ == ("SGD" if rule.endswith("SGD") else "AdamW")
     wide = {"choice among 256": 64, "cheap first look": 64}
     assert {len(g["ids"]) for g in groups} == {wide.get(rule, 16)}
 

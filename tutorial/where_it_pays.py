@@ -217,6 +217,12 @@ def saving_at(mixed: float):
     return lambda tracker, ids, c: knapsack.allocate_saving(tracker.posterior(ids), c.budget, c.n_min, mixed)
 
 
+# AdamW divides a gradient's length away. Momentum alone does not: a longer gradient is a longer step.
+def with_sgd(rule: str):
+    train.make_optimizer = lambda _, model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return train.ALLOCATORS[rule]
+
+
 # name: function(seen, job, work) -> what decides the counts, as in train.ALLOCATORS. It may exchange a part
 # of train.py besides. The rules of neighbours.py come on top.
 RULES = {
@@ -229,6 +235,7 @@ RULES = {
     "prompt mean": lambda *_: prompt_mean(),
     "choice among 256": lambda *_: choose(),
     "cheap first look": lambda *_: look_first(),
+    **{f"{rule}, SGD": lambda *_, rule=rule: with_sgd(rule) for rule in ("uniform", "knapsack")},
     **{f"saving at {mixed}": lambda *_, mixed=mixed: saving_at(mixed) for mixed in (0.1, 0.5)},
 }
 
