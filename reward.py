@@ -85,7 +85,8 @@ def load_tasks(name_or_path: str | Path, answers: bool = True) -> list[Task]:
     for number, row in enumerate(_rows(name, file.suffix.lower()), 1):
         if row == "":
             continue  # a blank line
-        where = f"{name}, {'line' if isinstance(row, str) else 'row'} {number}"
+        place = "line" if isinstance(row, str) else "row"
+        where = f"{name}, {place} {number}"
         try:
             row = json.loads(row) if isinstance(row, str) else row
         except (ValueError, RecursionError) as error:
@@ -96,7 +97,7 @@ def load_tasks(name_or_path: str | Path, answers: bool = True) -> list[Task]:
         task = _task(row, default_id, where, answers, notes)
         # The tracker knows a prompt by its id.
         if (first := numbers.setdefault(task.id, number)) != number:
-            raise ValueError(f"{where}: the id {task.id!r} is also in line {first}")
+            raise ValueError(f"{where}: the id {task.id!r} is also in {place} {first}")
         if task.answer or not answers:
             prompts.setdefault(" ".join(task.prompt.split()), []).append(task)
     # Nobody can say which of two answers is right: such a prompt goes altogether.
@@ -137,6 +138,8 @@ def _rows(name: str, suffix: str) -> list:
                 hub_id, configuration, split = HUB[name]
                 return datasets.load_dataset(hub_id, configuration, split=split).to_list()
             rows = datasets.load_from_disk(str(path))
+            if isinstance(rows, dict) and "train" not in rows:
+                raise ValueError(f"no train in it: take a folder of {list(rows)}")
             return (rows["train"] if isinstance(rows, dict) else rows).to_list()
         if suffix == ".parquet":
             from pyarrow.parquet import read_table
@@ -147,8 +150,8 @@ def _rows(name: str, suffix: str) -> list:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         text = data.decode("utf-8-sig")
         if suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(text, newline="")))
-        if suffix == ".json" and text.lstrip().startswith("["):
+            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        if text.lstrip().startswith("["):
             return json.loads(text)
         # splitlines would cut at U+2028 as well.
         return [line.strip() for line in text.split("\n")]
@@ -169,7 +172,8 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
         wanted = f"prompt and answer, or {PROMPTS[1:]} and {ANSWERS[1:]}"
         raise ValueError(f"{where}: needs the keys {wanted}; found {list(row)}")
     (asked, *_), (solved, *_) = keys
-    prompt, answer, id_ = row[asked], row.get(solved, ""), row.get("id", default_id)
+    prompt, answer, id_ = row[asked], row.get(solved, ""), row.get("id")
+    id_ = default_id if id_ is None else id_
     if (asked, solved) != ("prompt", "answer"):
         notes.add(f"read are {asked} and {solved}")
     if isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt):
@@ -182,15 +186,15 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
     if solved == "reward_model" and isinstance(answer, dict):
         answer = answer.get("ground_truth")  # verl's
     if solved == "final_answer" and isinstance(answer, list):
-        answer = "".join(answer[:1])  # OlympiadBench's
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)  # a table that holds 27.0 means 27
+        answer = ", ".join(map(str, answer))  # OlympiadBench's
+    # A table that holds 27.0 means 27.
+    answer, id_ = (int(x) if isinstance(x, float) and x.is_integer() else x for x in (answer, id_))
     # "... #### 18" and "The answer is 14." are texts around an answer.
     text = str(answer).rstrip().lstrip(" \n")  # a leading tab is a misread "\\times"
     prose = solved in ("solution", "messages") and len(text.split()) > 5
     gold = last_boxed(text)
     if gold is None:
-        gold = (SAID.findall(text) or ["" if prose else text])[-1]
+        gold = (NAMED.findall(text) or ["" if prose else text])[-1]
     if gold not in ("", text):
         notes.add("answers are cut out of a text")
     keys = (asked, solved, "id")
@@ -200,7 +204,7 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
         "prompt must be text": not isinstance(prompt, str),
         "the prompt is blank": not str(prompt).strip(),
         "half a character": re.search("[\ud800-\udfff]", str(prompt)),
-        "the id must be text or a number": type(id_) not in (str, int),
+        f"the id {id_!r:.50} must be text or a number": type(id_) not in (str, int),
     }
     if answers:
         faults |= {
@@ -271,9 +275,14 @@ def last_boxed(text: str) -> str | None:
 NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 WORD = re.compile(r"(?<![\\\w{])(?!(?:and|or|sqrt)\b)[^\W\d_]{2,}")
 # What is said to be the answer, up to the end of the sentence or to its reasons.
-SAID = re.compile(
-    r"(?ims)(?:####|^A:|\b(?:answer|choice|option)[\s*]*(?:is\b|:))[\s:*]*"
-    r"(.*?)[\s*]*(?:(?<!\\)[.!?](?=[\s*]|$)|\b(?:not|because|since)\b|$)"
+IS = r"####|\b(?:answer|choice|option)[\s*]*(?:is\b|:)"
+END = r"(?<!\\)[.?](?=[\s*]|$)|(?<!\\)!(?=\s*(?:$|(?-i:[A-Z])))|\b(?:not|because|since)\b|$"
+NAMED, SAID = (  # "option B", `42`, and a formula on a line of its own
+    re.compile(
+        rf"(?ims)(?:{start})[\s:*`]*(?:(?:option|choice)\b[\s:*]*)?(?:(?:\\\[|\$\$)\s*)?"
+        rf"(.*?)[\s*`]*(?:{END})"
+    )
+    for start in (IS, rf"{IS}|^(?-i:A):")  # "A: 15 km" alone may be a choice
 )
 
 
@@ -295,47 +304,65 @@ def _extract(completion: str, boxed: bool) -> tuple[str, bool]:
 
 # What math-verify cannot read, or misreads, is first written as it does read it.
 CHARACTERS = {"−": "-", "–": "-", "‒": "-", "°": r"^\circ ", "∞": r"\infty "}
-CHARACTERS |= {"√": r"\sqrt ", "²": "^2", "³": "^3", "½": " 1/2"}
+CHARACTERS |= {"√": r"\sqrt ", "½": " 1/2", "∘": r"\circ "}
 TEXT = r"\\(?:text[a-z]*|mathrm|mbox)\s*\{"
+UNIT = rf"(?!\\(?:mathrm|text)\{{[ie]\}}){TEXT}[^{{}}]*\}}"  # \mathrm{i} is none
 UNITS = "[cmk]m|[mk]g|m[lLi]|lb|oz|ft|in|hr"  # of two letters
 ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-REWRITES = {  # 5 million
-    rf"\s*(?:\\text\{{)?\s*{word}\b\}}?": rf"\\times 10^{n}" for word, n in ZEROS.items()
-} | {
-    r"(?<=[0-9])([eE](?=[-+0-9])| ?x ?10\^)": r"\\times 10^",  # 1.85e5
-    r"10\^(?:\(([-+]?[0-9]+)\)|([-+]?[0-9]+))": r"10^{\1\2}",  # 10^-5
-    # 11,\! 111 and 1 234
-    r"(?<![0-9]{4})(?<=[0-9])(\{,\}|,?\s*\\! ?|\s*\\[, ] ?|[ ~])(?=[0-9]{3}(?![0-9]))": "",
-    r"(?<=[0-9])\{,\}(?=[0-9])": ".",  # 3{,}5 is 3.5
-    r"(?<![\w.,^/])([0-9]+)\s+([0-9]+)/([0-9]+)": r"\1\\frac{\2}{\3}",  # 1 1/2
-    r"\\frac\s*([0-9]|\\pi)\s*([0-9])": r"\\frac{\1}{\2}",  # \frac 1 2
-    r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])": ", ",  # 8 2 are two numbers
-    r"(?<![A-Za-z\\])(pi|sqrt)\b": r"\\\1",  # 19pi
-    r"\\sqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)": r"\\sqrt{\1\2}",  # √(2)
-    r"(?<!\\)\\!|\\(left|right)(?![A-Za-z])|^(\\approx|=)": "",  # no meaning
-    rf"(?<!\\)\\[,;: ](?=\s*(?:\\%|{TEXT}))": "",  # 60\,\text{km}
-    rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}": r" \1 \\text{\2}",  # 3\text{ and }4
-    # 18 dollars, but not 3 xy
-    rf"(?<=[0-9}}])\s+((?:[A-Za-z]{{3,}}|{UNITS})(?: [A-Za-z]+)*)$": r"\\text{ \1}",
-    rf"(?<=[0-9])\s*{TEXT}[^{{}}]*\}}(?=,|$)": "",  # 3\text{ m}
-    rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-z])\}}": r"\1\2",  # \mathrm{e}
-    r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])": r"\1",  # $18
-    r"\\degree(?![A-Za-z])": r"^\\circ",
-    # y=7, x=3 is (3,7)
-    r"^([a-z]) ?= ?([^=,]+), ?(?!\1)([a-z]) ?= ?([^=,]+)$": lambda found: (
-        "({1},{3})" if found[1] < found[3] else "({3},{1})"
-    ).format(*found.groups()),
-}
+REWRITES = (
+    {
+        rf"(\\text\{{\s*(?:{'|'.join(ZEROS)})\b)(?!\}})": r"\1}\\text{",  # million dollars
+    }
+    | {  # 5 million
+        rf"\s*(?:\\text\{{)?\s*{word}\b\}}?": rf"\\times 10^{n}" for word, n in ZEROS.items()
+    }
+    | {
+        r"(?<=[0-9])([eE](?=[-+0-9])| ?x ?10\^)": r"\\times 10^",  # 1.85e5
+        r"10\^(?:\(([-+]?[0-9]+)\)|([-+]?[0-9]+))": r"10^{\1\2}",  # 10^-5
+        # 11,\! 111 and 1 234
+        r"(?<![0-9]{4})(?<=[0-9])(\{,\}|,?\s*\\! ?|\s*\\[, ] ?|[ ~])(?=[0-9]{3}(?![0-9]))": "",
+        r"(?<=[0-9])\{,\}(?=[0-9])": ".",  # 3{,}5 is 3.5
+        r"(?<![\w.,^/])([0-9]+)\s+([0-9]+)/([0-9]+)": r"\1\\frac{\2}{\3}",  # 1 1/2
+        r"\\frac\s*([0-9]|\\pi)\s*([0-9])": r"\\frac{\1}{\2}",  # \frac 1 2
+        r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])": ", ",  # 8 2 are two numbers
+        r"(?<![A-Za-z\\])(pi|sqrt)\b": r"\\\1",  # 19pi
+        r"\\sqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)": r"\\sqrt{\1\2}",  # √(2)
+        r"(?<!\\)\\!|\\(left|right)(?![A-Za-z])|^(\\approx|=)": "",  # no meaning
+        rf"(?<!\\)\\[,;: ](?=\s*(?:\\%|{TEXT}))": "",  # 60\,\text{km}
+        rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}": r" \1 \\text{\2}",  # 3\text{ and }4
+        # 18 dollars, but not 3 xy
+        rf"(?<=[0-9}}])\s+((?:[A-Za-z]{{3,}}|{UNITS})(?: [A-Za-z]+)*)$": r"\\text{ \1}",
+        rf"(?<=[0-9])\s*{UNIT}(?=,|$)": "",  # 3\text{ m}
+        # 10\pi~\text{m/s}^2
+        rf"^((?:(?!{TEXT}).)*(?:[0-9}}]|\\pi))(?:[\s~]|\\[,;: ])*{UNIT}(\^\{{?-?[0-9]\}}?)?$": r"\1",
+        # 4\mathrm{i}, 4 i and 4\cdot i
+        r"(?<=[0-9])(?:[\s~]|\\[,;: ]|\\cdot)*(?:\\(?:mathrm|text)\{i\}|i)(?![A-Za-z])": "i",
+        # \{x \mid x < 1\}
+        r"^\\\{\s*([a-z])(?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\||\\mid|:)(.*)\\\}$": r"\2",
+        rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-z])\}}": r"\1\2",  # \mathrm{e}
+        r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])": r"\1",  # $18
+        r"\\degree(?![A-Za-z])|\^\s+\\circ": r"^\\circ",
+        r"\\\\\[[0-9.]+ ?(?:pt|ex|em|mm|cm)\]": r"\\\\",  # space between rows
+        r"\^-([0-9]+|[a-z])(?![\w^])": r"^{-\1}",  # 2^-3
+        r"\\(?:lor|vee)(?![A-Za-z])": " or ",
+        # y=7, x=3 is (3,7)
+        r"^([a-z]) ?= ?([^=,]+), ?(?!\1)([a-z]) ?= ?([^=,]+)$": lambda found: (
+            "({1},{3})" if found[1] < found[3] else "({3},{1})"
+        ).format(*found.groups()),
+    }
+)
 
 
 @functools.lru_cache(maxsize=1000)  # each rollout of a prompt has the same gold answer
 def _tidy(text: str) -> str:
     """An answer as math-verify should see it."""
-    text = (SAID.findall(text) or [text])[-1].strip("* \n")  # "Answer is 3" in a box
+    text = (NAMED.findall(text) or [text])[-1].strip("* \n`")  # "Answer is 3" in a box
     # Dollars and brackets around a formula, not the $ of $18.
-    text = re.sub(r"\$\$|\\[\[\]()]|^\$([^$]*)\$$", r"\1", text)
+    text = re.sub(r"\$\$|(?<!\\)\\[\[\]()]|^\$([^$]*)\$$", r"\1", text)
+    # Powers: to NFKC 10⁵ is 105.
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda power: f"^{{{power[0]}}}", text)
     text = text.translate(str.maketrans(CHARACTERS))
-    text = unicodedata.normalize("NFKC", text)  # full-width digits
+    text = unicodedata.normalize("NFKC", text).replace("−", "-")  # full-width digits
     for pattern, new in REWRITES.items():
         text = re.sub(pattern, new, text)
     return text.strip().rstrip(".,;:?~\\ ")  # punctuation and spaces, as in 5\,
@@ -343,7 +370,8 @@ def _tidy(text: str) -> str:
 
 def _decide(given: str, alone: bool, gold: str) -> bool | None:
     """The verdict where no algebra is needed; None where it takes math-verify."""
-    word = len(gold) > 2 and gold.isalpha()  # math-verify would multiply its letters
+    # math-verify would multiply the letters of words.
+    word = len(gold) > 2 and gold.replace(" ", "").isalpha()
     same = given in (gold, gold.removesuffix(r"\%"))  # a percent sign may be left out
     if same or (word and given.casefold() == gold.casefold()):
         return True
@@ -361,9 +389,23 @@ def _decide(given: str, alone: bool, gold: str) -> bool | None:
     if all(bases) and bases[0] != bases[1]:
         return False
     for x, y in ((given, gold), (gold, given)):
-        if x.startswith(r"\{") and re.search(r"^[(\[][^()]*,[^()]*[)\]]$|\\cup|[<>]|\\[lg]e", y):
+        if re.fullmatch(r"\\\{[^{}|<>]*\\\}", x) and re.search(
+            r"^[(\[][^()]*,[^()]*[)\]]$|\\cup|[<>]|\\[lg]e", y
+        ):
             return False
     return None
+
+
+def _union(x):
+    """{x < 2, x > 3}, as math-verify reads "x < 2 or x > 3", as a set of numbers."""
+    from sympy import FiniteSet, Union
+    from sympy.core.relational import Relational
+
+    parts = x.args if isinstance(x, FiniteSet) and len(x.args) > 1 else ()
+    if not parts or not all(isinstance(r, Relational) for r in parts):
+        return x
+    bounds = all(r.rel_op not in ("==", "!=") and len(r.free_symbols) == 1 for r in parts)
+    return Union(*(r.as_set() for r in parts)) if bounds else x
 
 
 def _judge(given: str, alone: bool, gold: str) -> bool:
@@ -379,8 +421,12 @@ def _judge(given: str, alone: bool, gold: str) -> bool:
         kinds = [parser.LatexExtractionConfig(not boxed, normalization_config=form)]
         kinds += [] if boxed else [parser.ExprExtractionConfig()]
         # Its own time limits use the one alarm clock of a process.
+        if boxed and r"\pm" in text and "," not in text:  # both of them
+            signs = ("+-", "-+")
+            text = ", ".join(text.replace(r"\pm", a).replace(r"\mp", b) for a, b in signs)
         text = f"\\boxed{{{text}}}" if boxed else text
-        found.append(parser.parse(text, kinds, parsing_timeout=None, raise_on_error=True))
+        parsed = parser.parse(text, kinds, parsing_timeout=None, raise_on_error=True)
+        found.append([_union(x) for x in parsed])
     # It finds no number in "答案是48。" or "we get (5)": the last one counts.
     if not found[1] and not alone and (last := NUMBER.findall(given)):
         return _judge(last[-1], True, gold)

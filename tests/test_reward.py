@@ -176,6 +176,34 @@ infinitely many ~ \text{ infinitely many }
 x=2,y=9 ~ (2,9)
 2<x<9 ~ (2,9)
 4 \text{ or } 6 ~ x=4 or x=6
+# units behind more than a digit
+3.2e5 ~ 3.2\times10^5\text{ J} ~ 3.2 \times 10^5 \mathrm{~J} ~ 3.2 \times 10^5\text{ m/s}
+\frac{1}{2} ~ \frac{1}{2}\text{ J} ~ \frac12\,\mathrm{m}
+10\pi ~ 10\pi\text{ N}
+5 ~ 5\text{ m}^2 ~ 5\,\mathrm{m}^{2} ~ 5\text{ g/cm}^3 ~ 5~\text{cm} ~ 5\text{ m}^{-1}
+1500000 ~ 1.5\text{ million dollars} ~ 1.5\text{ million}
+# the imaginary unit
+3+4i ~ 3 + 4\mathrm{i} ~ 3+4 i ~ 4 i+3 ~ 3+4\cdot i ~ 3+4\,i
+# plus or minus
+\frac{-1\pm\sqrt{5}}{2} ~ \frac{-1 \pm \sqrt{5}}{2} ~ \frac{-1+\sqrt{5}}{2}, \frac{-1-\sqrt{5}}{2}
+1\pm\sqrt{19} ~ \pm\sqrt{19}+1
+# sets that are described
+\{0\}\cup[1,2] ~ \{0\} \cup [1,2] ~ [1,2]\cup\{0\}
+\{x|-2\leq x < 1\} ~ \{x \mid -2 \leq x < 1\} ~ [-2,1) ~ -2 \le x < 1
+[0,1) ~ \{x \mid 0\le x<1\} ~ \{x \in \mathbb{R} : 0 \le x < 1\}
+(-\infty,2)\cup(3,\infty) ~ x<2 \text{ or } x>3 ~ x<2 or x>3 ~ x<2 \lor x>3
+# signs
+100000 ~ 10⁵
+10^{-3} ~ 10⁻³ ~ 0.001
+x^4+1 ~ x⁴+1
+45^\circ ~ 45 ^ \circ ~ 45^∘
+x^{-1} ~ x^-1
+\frac{1}{8} ~ 2^-3
+\begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}
+# words
+infinitely many ~ Infinitely many
+\text{acute triangle} ~ Acute triangle ~ \text{Acute triangle}
+A ~ A: 15 km ~ A: Paris
 """
 
 WRONG = r"""
@@ -276,6 +304,19 @@ x=2,y=9 ~ (9,2) ~ 9,2
 # tiny numbers are not all the same
 \frac{1}{1800!} ~ \frac{1}{1801!} ~ 0
 10^{-600} ~ 10^{-500}
+# i is no unit, powers are no digits
+7 ~ 3+4\mathrm{i}
+1 ~ 6-5\mathrm{i}
+2 ~ 2\mathrm{e}
+105 ~ 10⁵
+24 ~ 2⁴
+# a ratio is no choice; one of two signs, half of a union
+a:b ~ b
+\frac{-1\pm\sqrt{5}}{2} ~ \frac{-1+\sqrt{5}}{2} ~ \frac{-1\pm\sqrt{3}}{2}
+(-\infty,2)\cup(3,\infty) ~ x<2 ~ x<2 or x>4 ~ x<3 or x>2
+[0,1) ~ \{x \mid 0\le x\le 1\} ~ \{0, 1\}
+\{0\}\cup[1,2] ~ [1,2] ~ \{0,1,2\}
+acute triangle ~ Right triangle
 """
 
 # The same for whole completions; ⏎ is a new line.
@@ -315,6 +356,11 @@ B ~ The answer is (B), not (C).
 8 ~ The answer is 8! ~ **Answer:** 8 ~ Q: how many?⏎A: 8 ~ The answer is 9. No: the answer is 8. ~ 答案是8。
 8 ~ \fbox{8}
 0.6 ~ The answer is 0.6.⏎```python⏎print(7)⏎```
+42 ~ The answer is: `42` ~ The answer is:⏎\[⏎42⏎\] ~ The answer is⏎$$⏎42⏎$$ ~ **Answer:**⏎⏎\[⏎x = 42⏎\]
+B ~ The answer is option B. ~ The answer is option (B). ~ The answer is choice B.
+B ~ The correct answer is option B: 15 km
+A ~ The answer is A: 15 km.
+120 ~ The answer is $5! = 120$.
 """
 
 WRONG_TEXTS = r"""
@@ -336,6 +382,8 @@ D ~ The answer is A, B, C or D.
 1 ~ The answer is 1 1/2 hours.
 15 ~ \boxed{12}. Then finally \boxed{15
 0.6 ~ The answer is 0.6%.
+5 ~ The answer is $5! = 120$.
+B ~ The answer is option A.
 """
 
 
@@ -712,7 +760,7 @@ FAULTS = {
     "answer a list": ({"prompt": "p", "answer": ["2"]}, "answer must be text or a number"),
     "answer a truth value": ({"prompt": "p", "answer": True}, "answer must be text or a number"),
     "answer not a number": ('{"prompt": "p", "answer": NaN}', "answer is missing"),
-    "id a list": ({"prompt": "p", "answer": "2", "id": []}, "id must be text"),
+    "id a list": ({"prompt": "p", "answer": "2", "id": []}, r"the id \[\] must be text"),
     "repeated id": ({"prompt": "p", "answer": "2", "id": "bad-1"}, "also in line 1"),
     "open brace": ({"prompt": "p", "answer": r"\frac{1}{"}, "unmatched brace"),
     "stray brace": ({"prompt": "p", "answer": "}{"}, "unmatched brace"),
@@ -754,6 +802,8 @@ def test_legal_answers(tmp_path):
         ("bad.json", b'[{"prompt": "p"', "cannot be read: JSONDecodeError"),
         ("bad.csv", b"a,b\n1,2\n", r"row 1: needs the keys .* found \['a', 'b'\]"),
         ("bad.csv", b"prompt,answer\nHow much?,1,234\n", "row 1: more cells than columns"),
+        ("bad.csv", b'prompt,answer\n1+1?,"2\n2+2?,4\n', "unexpected end of data"),
+        ("bad.csv", b"prompt,answer,id\n1+1?,2,x\n2+2?,4,x\n", "row 2: the id 'x' is also in row 1"),
         ("empty.jsonl", b'{"prompt": "p", "answer": ""}', "no tasks in it"),
         ("folder/file", b"", "cannot be read: FileNotFoundError"),
     ],
@@ -778,6 +828,9 @@ EXPECTED = [Task("sums-1", "1+1?", "2", {"level": 3}), Task("sums-2", "3+4?", "0
 @pytest.mark.parametrize("name", ["sums.jsonl", "sums.json", "sums.JSONL", "sums.jsonl.gz", "sums.json.GZ"])
 def test_forms_of_json(tmp_path, name):
     """Catches: "007" read as 7, an array read as a line, a suffix in capitals not known."""
+    (tmp_path / "array").mkdir()
+    (tmp_path / "array" / "sums.jsonl").write_text(json.dumps(ROWS))  # not its suffix
+    assert load_tasks(tmp_path / "array" / "sums.jsonl") == EXPECTED
     text = json.dumps(ROWS, indent=1) if ".json" in Path(name).suffixes else "\n".join(map(json.dumps, ROWS))
     content = gzip.compress(text.encode()) if name.lower().endswith("gz") else text.encode()
     (tmp_path / name).write_bytes(content)
@@ -805,6 +858,14 @@ def test_parquet_and_folders_of_datasets(tmp_path):
     datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "both" / "sums")
     for path in ("sums.parquet", "sums", "both/sums"):
         assert load_tasks(tmp_path / path) == EXPECTED
+    datasets.DatasetDict(a=table, b=table).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match=r"no train in it: take a folder of \['a', 'b'\]"):
+        load_tasks(tmp_path / "splits")
+    assert len(load_tasks(tmp_path / "splits" / "a")) == 2
+    # A column of whole numbers with a gap is one of floats.
+    rows = [{"prompt": f"{i}?", "answer": "1", "id": i} for i in (3.0, None)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "gap.parquet")
+    assert [task.id for task in load_tasks(tmp_path / "gap.parquet")] == ["3", "gap-2"]
 
 
 TURN = {"role": "user", "content": "1+1?"}
@@ -878,7 +939,7 @@ HUB_ROWS = {  # what differs from problem and answer
     "gsm8k": ({"question": "q", "answer": "48/2 = <<48/2=24>>24\n#### 1,234"}, "1,234"),
     "math": ({"problem": "q", "solution": r"So $x = \boxed{\frac{1}{2}}$."}, r"\frac{1}{2}"),
     "amc23": ({"question": "q", "answer": 27.0}, "27"),
-    "olympiadbench": ({"question": "q", "final_answer": [r"$\frac{1}{2}$", "2"]}, r"$\frac{1}{2}$"),
+    "olympiadbench": ({"question": "q", "final_answer": ["1", "2"]}, "1, 2"),
     "dapo17k": ({"prompt": "q", "solution": "34"}, "34"),
 }
 
