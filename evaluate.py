@@ -4,15 +4,16 @@
     python evaluate.py --model RUN/final --tasks math500 --out scores.json
 
 avg@k is the mean success of k samples (the paper's metric, k = 16 at temperature 0.6); pass@k is the
-chance that at least one of k samples is right. Standard errors are over problems: a bootstrap of the
-problems, because two samples of one problem are not two problems. Several models are compared problem
-by problem with the first: most of what makes a score vary, hard and easy problems, cancels.
+chance that at least one of k samples is right. Standard errors are over problems, because two samples of
+one problem are not two problems. Several models are compared problem by problem with the first: most of
+what makes a score vary, hard and easy problems, cancels.
 
---held-out N takes the problems that a training run on the same tasks held out. N stands in the run's first
-line: a larger one takes problems that it trained on. (gsm8k, math and dapo17k are training splits.) --out
-scores.json writes the scores there, and each completion to scores.completions.jsonl as it comes: the same
-command goes on from what is there, and ends as if nothing had happened. With another --reward, or after an
-edit of it, the completions that are there are judged again.
+--held-out N takes the problems that a training run on the same tasks held out. N stands in the run's
+first line: a larger one takes problems that it trained on, and so may another --reward than the run's.
+(gsm8k, math and dapo17k are training splits.) --out scores.json writes the scores there, and each
+completion to scores.completions.jsonl as it comes: the same command goes on from what is there, and ends
+as if nothing had happened. With another --reward, or after an edit of it, the completions that are there
+are judged again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -49,16 +51,9 @@ def evaluate(sampler, tasks: list[Task], prompts: dict, judge, samples: int, see
     return (rewards > 0.5).astype(float).reshape(len(tasks), samples), rollouts
 
 
-def pass_at_k(n, c, k) -> np.ndarray:
-    """Unbiased chance that one of k samples is right, from c right ones of n; n, c, k broadcast."""
-    n, c, k = np.broadcast_arrays(np.asarray(n), np.asarray(c), np.asarray(k))
-    if (k < 1).any() or (k > n).any() or (c < 0).any() or (c > n).any():
-        raise ValueError("pass_at_k needs 1 <= k <= n and 0 <= c <= n: take more samples or a smaller k")
-    # Chen et al. 2021: 1 - C(n-c, k) / C(n, k) = 1 - prod_{j=0}^{k-1} (n-c-j) / (n-j)
-    j = np.arange(int(k.max(initial=1)))  # the product's index, a new last axis
-    wrong = np.clip(n[..., None] - c[..., None] - j, 0, None)  # that are still to be drawn
-    factors = np.where(j < k[..., None], wrong / np.maximum(n[..., None] - j, 1), 1.0)
-    return 1.0 - factors.prod(-1)
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, from c right ones of n (Chen et al. 2021)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def measures(right: np.ndarray, tokens: np.ndarray, finished: np.ndarray) -> dict[str, np.ndarray]:
@@ -68,7 +63,7 @@ def measures(right: np.ndarray, tokens: np.ndarray, finished: np.ndarray) -> dic
     ks = sorted({1 << j for j in range(samples.bit_length())} | {samples})  # 1, 2, 4 ... samples
     return {
         f"avg@{samples}": correct / samples,
-        **{f"pass@{k}": pass_at_k(samples, correct, k) for k in ks},
+        **{f"pass@{k}": np.array([pass_at_k(samples, int(c), k) for c in correct]) for k in ks},
         # Three shares that add up to 1. Only the middle one is a mixed group.
         "always_solved": correct == samples,
         "sometimes_solved": (correct > 0) & (correct < samples),
@@ -78,25 +73,19 @@ def measures(right: np.ndarray, tokens: np.ndarray, finished: np.ndarray) -> dic
     }
 
 
-# Means of resampled problems, (M,) -> (draws,). The same seed draws the same problems, so that a
-# difference of two models is taken on the same ones.
-def bootstrap(per_problem: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray:
-    picks = np.random.default_rng(seed).integers(len(per_problem), size=(draws, len(per_problem)))
-    return per_problem[picks].mean(1)
+def standard_error(per_problem: np.ndarray) -> float:
+    """Of a mean over problems (M,). If all came out the same it is 0, and says nothing."""
+    m = len(per_problem)
+    return float(np.std(per_problem, ddof=min(1, m - 1)) / m**0.5)
 
 
-def bootstrap_se(per_problem: np.ndarray, draws: int = 1000) -> float:
-    """Standard error of a mean over problems. If all came out the same it is 0, and says nothing."""
-    return float(bootstrap(per_problem, draws).std(ddof=1))
-
-
-# ours - first, paired by problem: the mean, and the bootstrap's 95% interval.
+# ours - first, paired by problem: the mean, and its 95% interval.
 def difference(ours: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> dict[str, dict]:
     result = {}
     for name in ours:
         d = ours[name].astype(float) - first[name]  # (M,): hard and easy problems cancel
-        low, high = np.percentile(bootstrap(d), [2.5, 97.5])
-        result[name] = {"mean": float(d.mean()), "low": float(low), "high": float(high)}
+        mean, half = float(d.mean()), 1.96 * standard_error(d)
+        result[name] = {"mean": mean, "low": mean - half, "high": mean + half}
     return result
 
 
@@ -346,7 +335,7 @@ def results(models: list[dict], done: dict) -> list[dict]:
         got = [[(c["right"], c["tokens"], c["finished"]) for c in of_problem] for of_problem in answers]
         right, tokens, finished = np.moveaxis(np.array(got, dtype=float), -1, 0)  # (M, samples) each
         numbers = measures(np.nan_to_num(right), tokens, finished)  # no verdict is not right
-        scores = {k: {"mean": float(x.mean()), "se": bootstrap_se(x)} for k, x in numbers.items()}
+        scores = {k: {"mean": float(x.mean()), "se": standard_error(x)} for k, x in numbers.items()}
         row = model["rows"][0]
         result = {"model": row["model"], "weights": row["weights"], "first_prompt": row["prompt"]}
         result |= {"problems": len(got), "no_verdict": int(np.isnan(right).sum()), "scores": scores}

@@ -245,7 +245,6 @@ def step_metrics(rewards, group, rollouts) -> dict:
         "all_right": float((~mixed & (mean > 0.5)).mean()),
         "all_wrong": float((~mixed & (mean <= 0.5)).mean()),
         "n_largest": int(n.max()),
-        "n_smallest": int(n.min()),
         "response_tokens": float(np.mean([len(r.response_ids) for r in rollouts])),
         "truncated": float(np.mean([not r.finished for r in rollouts])),
         # -log p of what was sampled: an unbiased estimate of the policy's entropy a token, in nats.
@@ -324,7 +323,7 @@ def held_out_success(run: Run, step: int) -> dict[str, float]:
     log(run.out, "samples", sample)
     ends = [f"{name}: {repr(sample[name])[-50:]}" for name in ("right", "wrong")]
     run.bar.write(f"held out: {task.prompt!r:.50}  {'  '.join(ends)}")
-    return {"eval_success": float(right.mean()), "eval_success_se": evaluate.bootstrap_se(right.mean(1))}
+    return {"eval_success": float(right.mean()), "eval_success_se": evaluate.standard_error(right.mean(1))}
 
 
 # One tidy line a step.

@@ -275,7 +275,7 @@ def test_what_a_step_says():
     third = pytest.approx(1 / 3)
     assert module.step_metrics(rewards, group, rollouts) == {
         "reward_mean": pytest.approx(1.25 / 3), "reward_rollouts": 1 / 4, "effective_rollouts": third,
-        "effective_prompts": third, "all_right": third, "all_wrong": third, "n_largest": 6, "n_smallest": 2,
+        "effective_prompts": third, "all_right": third, "all_wrong": third, "n_largest": 6,
         "response_tokens": 2, "truncated": third, "entropy": 0.5,
     }  # fmt: skip
 

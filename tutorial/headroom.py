@@ -35,7 +35,7 @@ def held_out_success(folder: str) -> tuple[float, float]:
     prompts = rollout.encode_tasks(tokenizer, held_out)
     with reward.Verifier() as verifier:
         right, _ = evaluate.evaluate(sampler, held_out, prompts, verifier, samples=16, seed=12345)
-    return float(right.mean()), evaluate.bootstrap_se(right.mean(1))
+    return float(right.mean()), evaluate.standard_error(right.mean(1))
 
 
 def main() -> None:
