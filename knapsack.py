@@ -35,7 +35,8 @@ class SuccessTracker:
         multiplied by this. A small one trusts a prompt's own record, a large one the
         crowd's.
     drift: the log-odds of all estimates move by this share of what the newest batch
-        shows the model to have moved. 0 switches it off.
+        shows the model to have moved. It takes a batch for a random sample of the
+        prompts: where they come sorted, switch it off with 0.
     """
 
     def __init__(self, discount=0.75, prior_strength=1.0, drift=0.3):
@@ -214,19 +215,21 @@ def rollouts_for_confidence(p, confidence) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---- 4. The knapsack, exactly: dynamic programming ----
-def solve_dp(values, capacity: int, costs=None) -> np.ndarray:
+def solve_dp(values, capacity: int, costs=None, spend_all=False) -> np.ndarray:
     """Multiple-choice knapsack: an option of each item, (M,), of the best total.
 
     values (M, K): what each option is worth; -inf forbids it. costs (M, K): whole
-    numbers, in sum <= capacity. None: option k costs k, as k more rollouts do."""
+    numbers, in sum <= capacity (spend_all: equal to it). None: option k costs k, as k
+    more rollouts do."""
     values = np.asarray(values, float)
     _need(values < np.inf, "values: pass finite ones, or -inf to forbid")
     m, k = values.shape
     costs = np.broadcast_to(np.arange(k) if costs is None else costs, (m, k))
     _need((costs >= 0) & (costs % 1 == 0), "costs: pass whole numbers >= 0")
     costs = np.minimum(costs, capacity + 1).astype(int)  # dearer: out of reach
-    # best[c]: the highest total of the items so far at a cost of at most c.
-    best = np.zeros(capacity + 1)
+    # best[c]: the highest total of the items so far at a cost of at most c, or of c.
+    best = np.full(capacity + 1, -np.inf if spend_all else 0.0)
+    best[0] = 0
     choice = np.empty((m, capacity + 1), np.min_scalar_type(k - 1))
     for i in range(m):
         total = np.full((k, capacity + 1), -np.inf)  # [k, c]: with option k
@@ -265,12 +268,17 @@ def solve_greedy(values, capacity: int) -> np.ndarray:
     """solve_dp for concave rows and unit costs, (M,), all capacity spent: takes the
     largest gains. As a row's gains fall, its largest are its first: they can be had."""
     _need(_concave(values), "values are not concave: use solve_dp")
+    _need(capacity >= 0, f"capacity = {capacity}: pass a whole number >= 0")
     return _largest(np.diff(np.asarray(values, float)).T, capacity)
 
 
 def _concave(values) -> bool:
-    rounding = 1e-12 * np.abs(values).max(initial=0)
-    return bool(rounding < np.inf and (np.diff(values, 2) <= rounding).all())
+    size = np.abs(np.asarray(values, float))
+    if not np.isfinite(size).all():
+        return False
+    # What three neighbours may be off by rounding.
+    rounding = 1e-12 * np.maximum(np.maximum(size[:, :-2], size[:, 1:-1]), size[:, 2:])
+    return bool((np.diff(values, 2) <= rounding).all())
 
 
 def _largest(gains, capacity: int):
@@ -291,8 +299,9 @@ def allocate(p, budget: int, n_min=2, n_max=128, value=None) -> np.ndarray:
 
     p: known, (M,), or a tuple, the (alpha, beta) of a posterior. Prompts that gain
     nothing, p = 0 and p = 1, get what nobody else can use. value=None is the paper's,
-    above. Your own takes counts (K,) and probabilities (M, 1); over a posterior it is
-    averaged. If its gains fall the greedy solves it, else solve_dp does.
+    above. Your own takes counts (K,) and probabilities (M, 1); -inf forbids a count.
+    Over a posterior it is averaged. If its gains fall the greedy solves it, else
+    solve_dp does.
 
     >>> def my_value(n, p):
     ...     return prob_nonzero_gradient(n, p)  # all mixed groups are worth the same
@@ -303,13 +312,10 @@ def allocate(p, budget: int, n_min=2, n_max=128, value=None) -> np.ndarray:
     spare = _spare(m, budget, n_min, n_max)
     if value is not None:
         values = _table(value, p, np.arange(n_min, n_max + 1))  # (M, K)
-        _need(np.isfinite(values), "value: return finite numbers")
+        _need(values < np.inf, "value: return finite numbers, or -inf to forbid a count")
         if _concave(values):
             return n_min + solve_greedy(values, spare)
-        # A slope makes every rollout worth buying, so the whole budget is spent.
-        # It adds the same to all ways to do so: the best one stays the best.
-        slope = 2 * np.ptp(values) * np.arange(room + 1)
-        return n_min + solve_dp(values + slope, spare)
+        return n_min + solve_dp(values, spare, spend_all=True)
     levels = 8 + 3 * spare // max(m, 1)  # enough for most budgets
     while True:
         levels = min(levels, room)
@@ -338,7 +344,7 @@ def _table(value, p, n, points=32):
         return np.broadcast_to(value(n, p), (len(p), len(n)))
     # Golub and Welsch (1969): the nodes are the eigenvalues of a tridiagonal
     # matrix of Beta's canonical moments c_1, c_2, ..., of which c_1 is the mean.
-    (a, b), k = (np.reshape(np.asarray(x), (-1, 1)) for x in p), np.arange(points)
+    (a, b), k = (np.reshape(np.asarray(x, float), (-1, 1)) for x in p), np.arange(points)
     odd = (a + k) / (a + b + 2 * k)  # c_1, c_3, c_5, ...
     even = k / (a + b + np.abs(2 * k - 1))  # 0, c_2, c_4, ...
     up, down = (1 - even) * odd, even * (1 - np.roll(odd, 1, axis=1))
@@ -353,10 +359,10 @@ def _table(value, p, n, points=32):
 def allocate_paper(p_hat, budget: int, n_min=2, n_max=128) -> np.ndarray:
     """The paper's rule, on tracker.windowed_rate(ids). NaN (first epoch): uniform.
 
-    All get n_min. Those with p_hat between 0 and 1 share besides a knapsack of at most
-    the rollouts that a mixed group takes with probability 0.9 (theorem above). What is
-    left goes to p_hat = 0. Where n_max is in the way, it goes back into the knapsack,
-    and last to p_hat = 1."""
+    All get n_min. Those with p_hat between 0 and 1 then share a knapsack. It holds at
+    most what they would need, all together, to be mixed with probability 0.9 (theorem
+    above). What is left goes to p_hat = 0. Where n_max is in the way, it goes back into
+    the knapsack, and last to p_hat = 1."""
     p_hat = np.asarray(p_hat, float)  # (M,)
     left, room = _spare(len(p_hat), budget, n_min, n_max), n_max - n_min
     if np.isnan(p_hat).any():

@@ -423,18 +423,20 @@ def tables(draw):
 def test_solve_dp_is_brute_force(case):
     """Catches: a DP that assumes concavity, drops 'take nothing', or backtracks one cell off."""
     values, costs, capacity = case
-    for c in (None, costs):
+    for c, spend_all in itertools.product((None, costs), (False, True)):
         price = np.tile(np.arange(values.shape[1]), (len(values), 1)) if c is None else c
         total, spent = totals(values, price, range(values.shape[1]))
-        best = total[spent <= capacity].max(initial=-np.inf)
+        fits = spent == capacity if spend_all else spent <= capacity
+        best = total[fits].max(initial=-np.inf)
         if best == -np.inf:
             with pytest.raises(ValueError, match="capacity"):
-                solve_dp(values, capacity, c)
+                solve_dp(values, capacity, c, spend_all)
             continue
-        ks, rows = solve_dp(values, capacity, c), np.arange(len(values))
-        assert price[rows, ks].sum() <= capacity
+        ks, rows = solve_dp(values, capacity, c, spend_all), np.arange(len(values))
+        cost = price[rows, ks].sum()
+        assert cost == capacity if spend_all else cost <= capacity
         assert values[rows, ks].sum() == pytest.approx(best, rel=1e-12, abs=1e-12)
-        if c is None:
+        if c is None and not spend_all:
             assert np.array_equal(solve_dp_torch(torch.tensor(values), capacity).numpy(), ks)
 
 
@@ -497,12 +499,18 @@ def test_allocate_is_brute_force(p, n_min, extra, share, own, data):
 @given(prompts, st.integers(1, 3), st.integers(0, 4), st.floats(0, 1), st.data())
 @many
 def test_any_curve_goes_to_the_dp(p, n_min, extra, share, data):
-    """Catches: a curve that is not concave solved greedily, and budget left over where a rollout more is
-    worth nothing or less."""
+    """Catches: a curve that is not concave solved greedily, budget left over where a rollout more is worth
+    nothing or less, and a size that a penalty forbids, whose digits hide all others."""
     m, budget = size(p), size(p) * n_min + round(share * size(p) * extra)
     width = n_min + extra + 1
-    cells = st.lists(st.integers(-4, 9).map(float), min_size=m * width, max_size=m * width)
+    forbidden = [-1e12] if isinstance(p, tuple) else [-1e12, -np.inf]
+    cell = st.one_of(*[st.integers(-4, 9).map(float)] * 3, st.sampled_from(forbidden))
+    cells = st.lists(cell, min_size=m * width, max_size=m * width)
     values = np.array(data.draw(cells)).reshape(m, width)
+    if best_of_all(values, n_min, budget) == -np.inf:
+        with pytest.raises(ValueError, match="no choice fits"):
+            allocate(p, budget, n_min, n_min + extra, value=lambda n, p: values[:, n])
+        return
     counts = allocate(p, budget, n_min, n_min + extra, value=lambda n, p: values[:, n])
     assert counts.sum() == budget and counts.min() >= n_min and counts.max() <= n_min + extra
     assert values[np.arange(m), counts].sum() == pytest.approx(best_of_all(values, n_min, budget), abs=1e-9)
@@ -701,7 +709,9 @@ BAD = [
     (lambda: allocate([0.5], 8, n_min=9, n_max=8), "choose n_min = 9 from 1 to n_max = 8"),
     (lambda: allocate([], 8), "budget 8 > 0 prompts"),
     (lambda: allocate([0.5], 8, value=lambda n, p: n * np.nan), "value: return finite numbers"),
-    (lambda: allocate([0.5], 8, value=lambda n, p: np.where(n % 2, -np.inf, 1)), "value: return finite"),
+    (lambda: allocate([0.5], 9, value=lambda n, p: np.where(n % 2, -np.inf, 1)), "no choice fits"),
+    (lambda: allocate([0.5], 8, value=lambda n, p: n * np.inf), "value: return finite numbers, or -inf"),
+    (lambda: solve_greedy([[0.0, 3.0, 4.0]], -1), "capacity = -1: pass a whole number"),
     (lambda: solve_greedy([[0, -np.inf, 5.0]], 2), "use solve_dp"),
     (lambda: solve_dp_torch(torch.tensor([[0.0, np.nan]]), 3), "values: pass finite ones"),
     (lambda: solve_dp_torch(torch.tensor([[-np.inf, 1.0], [-np.inf, 1.0]]), 1), "no choice fits"),

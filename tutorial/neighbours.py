@@ -110,10 +110,8 @@ def push(n_max, p):
 def expected_push(p, budget, n_min=2, n_max=128):
     """The largest summed push. Its gains rise before they fall, and not to 0: by dynamic programming."""
     worth = push(n_max, p)[:, n_min:]
-    # Everything is spent: a slope adds the same to all ways to do so (as in knapsack.allocate). Where
-    # all prompts are certain nothing is worth anything, and any slope will do.
-    slope = (2 * np.ptp(worth) or 1.0) * np.arange(worth.shape[1])
-    return n_min + knapsack.solve_dp(worth + slope, spare(len(worth), budget, n_min, n_max))
+    left = spare(len(worth), budget, n_min, n_max)
+    return n_min + knapsack.solve_dp(worth, left, spend_all=True)
 
 
 def spare(m, budget, n_min, n_max):
