@@ -728,6 +728,26 @@ def test_bfloat16_weights_are_refused(model):
         grpo.update(copy.deepcopy(model).bfloat16(), None, rollouts, advantages)
 
 
+def test_gradients_of_weights_that_stay_do_not_pile_up(model):
+    """Catches: an optimizer of some of the weights, beside which the others' gradients grow and grow."""
+    rollouts, advantages = example()
+    trained = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(trained.get_decoder().layers[-1].parameters(), lr=0.0)
+    norms = [grpo.update(trained, optimizer, rollouts, advantages)["grad_norm"] for _ in range(3)]
+    assert norms[0] > 0 and norms == [norms[0]] * 3
+    assert all(p.grad is None for p in trained.parameters())
+
+
+@pytest.mark.parametrize("ids, logps", [((), ()), ((5, 6), (-2.0,))])
+def test_what_is_no_rollout_is_refused(model, ids, logps):
+    """Catches: log-probs of one rollout that are taken for another's."""
+    rollouts = [Rollout(0, (1, 2), (5,), (-2.0,), ""), Rollout(0, (1, 2), ids, logps, "")]
+    with pytest.raises(ValueError, match="a log-prob for each of its tokens"):
+        grpo.update(model, None, rollouts, np.array([0.7, -0.7]))
+    with pytest.raises(ValueError, match="0 minibatches"):
+        grpo.update(model, None, rollouts[:1], np.array([0.7]), minibatches=0)
+
+
 def test_update_raises_what_was_rewarded(model):
     """The whole of it on one two-armed prompt: the rewarded token's probability must grow."""
     good, bad = Rollout(0, (1, 2), (5,), (-2.0,), ""), Rollout(0, (1, 2), (6,), (-2.0,), "")
