@@ -169,8 +169,8 @@ def encode_tasks(tokenizer, tasks, instruction="", chat=False, template_kwargs=N
     prompts = encode_prompts(tokenizer, texts, chat, template_kwargs)
     # A small vocabulary drops what it lacks without a word: "9-4=" would be asked as
     # "94=". So does the empty one that transformers makes where files are missing.
-    for text in texts:
-        read = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for text, read in zip(texts, tokenizer.batch_decode(ids), strict=True):
         if _visible(read) < _visible(text):
             lost = f"the tokenizer reads {text!r:.60} as {read!r:.60}"
             raise ValueError(f"{lost}: take another model, or mend its tokenizer")
@@ -255,7 +255,7 @@ class HFSampler:
         # On Hopper cuDNN's attention would plan anew for each length, so each token.
         torch.backends.cuda.enable_cudnn_sdp(False)
         # transformers cannot split the state of recurrent layers (Mamba, Qwen3.5) by
-        # rows. What the model returns tells, not its name.
+        # rows. We look at the cache that the model returns, not at the model's name.
         with torch.inference_mode(), in_eval_mode(model):
             out = model(torch.tensor([[0]], device=model.device), use_cache=True)
         cache = out.get("past_key_values")

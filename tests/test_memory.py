@@ -96,13 +96,6 @@ class Peak(TorchDispatchMode):
 
 
 class NoOptimizer:
-    def __init__(self, model):
-        self.model = model
-
-    def zero_grad(self, set_to_none):
-        for p in self.model.parameters():
-            p.grad = None
-
     def step(self): ...
 
 
@@ -120,7 +113,7 @@ def test_the_peak_of_an_update(family, checkpointing, shape, monkeypatch):
     grpo.check_logprobs(model)
     how = dict(tokens_per_microbatch=512, checkpointing=checkpointing, bfloat16=True)
     with Peak() as peak:
-        grpo.update(model, NoOptimizer(model), batch, np.tile([1.0, -1.0], 8), **how)
+        grpo.update(model, NoOptimizer(), batch, np.tile([1.0, -1.0], 8), **how)
     said = needs(large(max_new_tokens=T, max_prompt_tokens=8, **{k: how[k] for k in list(how)[:2]}), config)
     said = sum(said["update"].values()) - said["update"]["weights"] - said["update"]["moments"]
     assert 0.9 < said / peak.most < 1.5, said / peak.most
@@ -180,6 +173,16 @@ def test_the_cache(loaded):
     held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     said = needs(large(), config)["sampling"]["keys and values"]
     assert held == 3 * 7 * said / HFSampler.tokens_in_flight
+
+
+def test_short_answers_are_no_more_rows_than_are_asked_for():
+    """Catches: 26,214 rows of 5 tokens, where a step has 256, so that nothing fits."""
+    config, _ = made("qwen2")
+    c = large(max_new_tokens=5, max_prompt_tokens=64, budget=256, held_out=64)
+    said, whole = needs(c, config)["sampling"], needs(large(), config)["sampling"]
+    assert said["logits"] == 20 * config.vocab_size * 256
+    share = said["keys and values"] / whole["keys and values"]
+    assert share == pytest.approx(256 * 69 / HFSampler.tokens_in_flight)
 
 
 def test_any_config_will_do():
@@ -246,7 +249,7 @@ def test_what_a_card_showed():
 
 def test_what_is_printed(capsys, loaded):
     """Catches: a warning whose flags are no flags, or do not help."""
-    c, path = large(model=str(rollout.TINY), tasks="arithmetic"), str(rollout.TINY)
+    c, path = large(model=str(rollout.TINY), tasks="arithmetic", gpu_memory=0.375), str(rollout.TINY)
     gpu_memory.report(c, "hf", path, 80e9, 80e9)
     said = capsys.readouterr().out
     assert "80.0 free of 80.0" in said and "update" in said and "warning" not in said

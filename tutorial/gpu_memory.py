@@ -51,13 +51,16 @@ def memory_needs(c, engine: str, text, sizes: list, card: float) -> dict[str, di
         least = 2 * n + 16 * longest * cached + 2e9
         sampling = {"the engine's share": max(c.gpu_memory * card, least)}
     else:  # a batch of rows, and five float32 arrays of its logits
-        batch = rollout.HFSampler.tokens_in_flight
+        # Never more rows than a step has, or an evaluation.
+        rows = max(c.budget, (c.held_out or 256) * c.eval_samples)
+        batch = min(rollout.HFSampler.tokens_in_flight, rows * longest)
         sampling = copies | {
             "keys and values": cached * batch,
-            "logits": 20 * V * (batch // c.max_new_tokens),
+            "logits": 20 * V * min(batch // c.max_new_tokens, rows),
         }
     # Autograd keeps, a token: the inputs and outputs of two norms in float32, and in bfloat16 what enters
-    # each product and leaves attention and the MLP. Recomputed, only a layer's input, and one layer in full.
+    # each product and leaves attention and the MLP. With --checkpointing it keeps each layer's input, and all
+    # of the one layer that is being recomputed.
     layer = 30 * H + 4 * keys + 8 * inner
     kept = layers * (4 * H if c.checkpointing else layer) + layer
     logits = min(2**28, V * max(c.tokens_per_microbatch, c.max_new_tokens))  # 2**28: grpo's chunk
@@ -75,12 +78,13 @@ def memory_needs(c, engine: str, text, sizes: list, card: float) -> dict[str, di
 
 
 def settings_that_fit(c, engine: str, text, sizes: list, card: float, free: float):
-    """These settings, or those nearest to them that fit into `free` bytes but for one GB; None if none do."""
+    """These settings, or those nearest to them that leave 1 GB of the `free` bytes over; None if none do."""
     optimizers, recomputed = {c.optimizer: 0, "adamw8bit": 0}, {c.checkpointing: 0, True: 0}
     for optimizer, checkpointing, k, share in product(optimizers, recomputed, (1, 2, 4, 8), (1, 0.75, 0.5)):
         changes = {"optimizer": optimizer, "checkpointing": checkpointing}
         changes |= {"tokens_per_microbatch": -(-c.tokens_per_microbatch // k)}
-        tried = dataclasses.replace(c, **changes, gpu_memory=round(c.gpu_memory * share, 2))
+        changes["gpu_memory"] = c.gpu_memory if share == 1 else round(c.gpu_memory * share, 2)
+        tried = dataclasses.replace(c, **changes)
         needs = memory_needs(tried, engine, text, sizes, card)
         if max(sum(parts.values()) for parts in needs.values()) <= free - 1e9:
             return tried

@@ -32,7 +32,7 @@ def agree(
     demands    price > 0 -> (W,) rollouts that each worker buys at it; falls as the price rises
     price      > 0, the first guess: that of the step before, or a knapsack.shadow_price of one worker
     tolerance  the search ends with two prices, one too low and one too high, between which the total demand
-               changes by at most this part of the budget, or which differ by at most this part. The second
+               changes by at most tolerance x budget, or whose ratio is at most 1 + tolerance. The second
                happens where prompts are so alike that demand jumps (after a first epoch of 8 rollouts there
                are nine kinds). What lies between the two prices is worth about the same wherever it is
                bought, so each worker gets the same part of what it would buy there.
