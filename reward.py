@@ -276,7 +276,7 @@ NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 WORD = re.compile(r"(?<![\\\w{])(?!(?:and|or|sqrt)\b)[^\W\d_]{2,}")
 # What is said to be the answer, up to the end of the sentence or to its reasons.
 IS = r"####|\b(?:answer|choice|option)[\s*]*(?:is\b|:)"
-END = r"(?<!\\)[.?](?=[\s*]|$)|(?<!\\)!(?=\s*(?:$|(?-i:[A-Z])))|\b(?:not|because|since)\b|$"
+END = r"(?<!\\)[.?](?=[\s*]|$)|(?<!\\)!(?=[\s*]*(?:$|(?-i:[A-Z])))|\b(?:not|because|since)\b|$"
 NAMED, SAID = (  # "option B", `42`, and a formula on a line of its own
     re.compile(
         rf"(?ims)(?:{start})[\s:*`]*(?:(?:option|choice)\b[\s:*]*)?(?:(?:\\\[|\$\$)\s*)?"
