@@ -34,7 +34,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count, product
 from pathlib import Path
 
@@ -360,9 +360,18 @@ def final(model, tokenizer, bed: str, work: Path) -> dict:
 
 def load(**wanted) -> list[dict]:
     """The rows of results/where_it_pays.jsonl that hold these values."""
-    rows = evaluate.each_row(RESULTS) if RESULTS.exists() else ()
-    rows = ({"device": "cpu"} | row for row in rows)  # older ones lack it, and are a CPU's
+    if not RESULTS.exists():
+        return []
+    now = RESULTS.stat()
+    rows = rows_of(RESULTS, now.st_mtime_ns, now.st_size)
     return [row for row in rows if wanted.items() <= row.items()]
+
+
+# A chapter asks a thousand times; the file is read again when it has changed.
+@lru_cache(1)
+def rows_of(path: Path, changed: int, size: int) -> list[dict]:
+    # Older rows lack the device, and are a CPU's.
+    return [{"device": "cpu"} | row for row in evaluate.each_row(path)]
 
 
 # A GPU multiplies in bfloat16, a CPU in float32: other runs. They are never mixed, and a CPU's go first.
