@@ -66,6 +66,9 @@ def test_headroom():
 def test_the_map():
     """The table of results, from the rows that tutorial/where_it_pays.py wrote."""
     assert where_it_pays.map_table() in README
+    fallen = where_it_pays.runs("uniform", bed="sums", budget=1024)[0]
+    before, after = (success for _, success, *_ in fallen["curve"][-2:])
+    assert fallen["seed"] == 0 and f"fell from {before:.3f} to {after:.3f} in its last twenty steps" in README
 
 
 def test_where_it_pays():
