@@ -309,48 +309,44 @@ TEXT = r"\\(?:text[a-z]*|mathrm|mbox)\s*\{"
 UNIT = rf"(?!\\(?:mathrm|text)\{{[ie]\}}){TEXT}[^{{}}]*\}}"  # \mathrm{i} is none
 UNITS = "[cmk]m|[mk]g|m[lLi]|lb|oz|ft|in|hr"  # of two letters
 ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-REWRITES = (
-    {
-        rf"(\\text\{{\s*(?:{'|'.join(ZEROS)})\b)(?!\}})": r"\1}\\text{",  # million dollars
-    }
-    | {  # 5 million
+REWRITES = {
+    rf"(\\text\{{\s*(?:{'|'.join(ZEROS)})\b)(?!\}})": r"\1}\\text{",  # million dollars
+    **{  # 5 million
         rf"\s*(?:\\text\{{)?\s*{word}\b\}}?": rf"\\times 10^{n}" for word, n in ZEROS.items()
-    }
-    | {
-        r"(?<=[0-9])([eE](?=[-+0-9])| ?x ?10\^)": r"\\times 10^",  # 1.85e5
-        r"10\^(?:\(([-+]?[0-9]+)\)|([-+]?[0-9]+))": r"10^{\1\2}",  # 10^-5
-        # 11,\! 111 and 1 234
-        r"(?<![0-9]{4})(?<=[0-9])(\{,\}|,?\s*\\! ?|\s*\\[, ] ?|[ ~])(?=[0-9]{3}(?![0-9]))": "",
-        r"(?<=[0-9])\{,\}(?=[0-9])": ".",  # 3{,}5 is 3.5
-        r"(?<![\w.,^/])([0-9]+)\s+([0-9]+)/([0-9]+)": r"\1\\frac{\2}{\3}",  # 1 1/2
-        r"\\frac\s*([0-9]|\\pi)\s*([0-9])": r"\\frac{\1}{\2}",  # \frac 1 2
-        r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])": ", ",  # 8 2 are two numbers
-        r"(?<![A-Za-z\\])(pi|sqrt)\b": r"\\\1",  # 19pi
-        r"\\sqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)": r"\\sqrt{\1\2}",  # √(2)
-        r"(?<!\\)\\!|\\(left|right)(?![A-Za-z])|^(\\approx|=)": "",  # no meaning
-        rf"(?<!\\)\\[,;: ](?=\s*(?:\\%|{TEXT}))": "",  # 60\,\text{km}
-        rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}": r" \1 \\text{\2}",  # 3\text{ and }4
-        # 18 dollars, but not 3 xy
-        rf"(?<=[0-9}}])\s+((?:[A-Za-z]{{3,}}|{UNITS})(?: [A-Za-z]+)*)$": r"\\text{ \1}",
-        rf"(?<=[0-9])\s*{UNIT}(?=,|$)": "",  # 3\text{ m}
-        # 10\pi~\text{m/s}^2
-        rf"^((?:(?!{TEXT}).)*(?:[0-9}}]|\\pi))(?:[\s~]|\\[,;: ])*{UNIT}(\^\{{?-?[0-9]\}}?)?$": r"\1",
-        # 4\mathrm{i}, 4 i and 4\cdot i
-        r"(?<=[0-9])(?:[\s~]|\\[,;: ]|\\cdot)*(?:\\(?:mathrm|text)\{i\}|i)(?![A-Za-z])": "i",
-        # \{x \mid x < 1\}
-        r"^\\\{\s*([a-z])(?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\||\\mid|:)(.*)\\\}$": r"\2",
-        rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-z])\}}": r"\1\2",  # \mathrm{e}
-        r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])": r"\1",  # $18
-        r"\\degree(?![A-Za-z])|\^\s+\\circ": r"^\\circ",
-        r"\\\\\[[0-9.]+ ?(?:pt|ex|em|mm|cm)\]": r"\\\\",  # space between rows
-        r"\^-([0-9]+|[a-z])(?![\w^])": r"^{-\1}",  # 2^-3
-        r"\\(?:lor|vee)(?![A-Za-z])": " or ",
-        # y=7, x=3 is (3,7)
-        r"^([a-z]) ?= ?([^=,]+), ?(?!\1)([a-z]) ?= ?([^=,]+)$": lambda found: (
-            "({1},{3})" if found[1] < found[3] else "({3},{1})"
-        ).format(*found.groups()),
-    }
-)
+    },
+    r"(?<=[0-9])([eE](?=[-+0-9])| ?x ?10\^)": r"\\times 10^",  # 1.85e5
+    r"10\^(?:\(([-+]?[0-9]+)\)|([-+]?[0-9]+))": r"10^{\1\2}",  # 10^-5
+    # 11,\! 111 and 1 234
+    r"(?<![0-9]{4})(?<=[0-9])(\{,\}|,?\s*\\! ?|\s*\\[, ] ?|[ ~])(?=[0-9]{3}(?![0-9]))": "",
+    r"(?<=[0-9])\{,\}(?=[0-9])": ".",  # 3{,}5 is 3.5
+    r"(?<![\w.,^/])([0-9]+)\s+([0-9]+)/([0-9]+)": r"\1\\frac{\2}{\3}",  # 1 1/2
+    r"\\frac\s*([0-9]|\\pi)\s*([0-9])": r"\\frac{\1}{\2}",  # \frac 1 2
+    r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9])": ", ",  # 8 2 are two numbers
+    r"(?<![A-Za-z\\])(pi|sqrt)\b": r"\\\1",  # 19pi
+    r"\\sqrt\s*\(([^()]*)\)|\\sqrt\s*([0-9]+)": r"\\sqrt{\1\2}",  # √(2)
+    r"(?<!\\)\\!|\\(left|right)(?![A-Za-z])|^(\\approx|=)": "",  # no meaning
+    rf"(?<!\\)\\[,;: ](?=\s*(?:\\%|{TEXT}))": "",  # 60\,\text{km}
+    rf"{TEXT}\s*(and|or)\b([^{{}}]*)\}}": r" \1 \\text{\2}",  # 3\text{ and }4
+    # 18 dollars, but not 3 xy
+    rf"(?<=[0-9}}])\s+((?:[A-Za-z]{{3,}}|{UNITS})(?: [A-Za-z]+)*)$": r"\\text{ \1}",
+    rf"(?<=[0-9])\s*{UNIT}(?=,|$)": "",  # 3\text{ m}
+    # 10\pi~\text{m/s}^2
+    rf"^((?:(?!{TEXT}).)*(?:[0-9}}]|\\pi))(?:[\s~]|\\[,;: ])*{UNIT}(\^\{{?-?[0-9]\}}?)?$": r"\1",
+    # 4\mathrm{i}, 4 i and 4\cdot i
+    r"(?<=[0-9])(?:[\s~]|\\[,;: ]|\\cdot)*(?:\\(?:mathrm|text)\{i\}|i)(?![A-Za-z])": "i",
+    # \{x \mid x < 1\}
+    r"^\\\{\s*([a-z])(?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\||\\mid|:)(.*)\\\}$": r"\2",
+    rf"^{TEXT}([^{{}}]*)\}}$|\\mathrm\{{([a-z])\}}": r"\1\2",  # \mathrm{e}
+    r"^(-?)\s*\\?[$€£¥]\s*(?=[0-9.])": r"\1",  # $18
+    r"\\degree(?![A-Za-z])|\^\s+\\circ": r"^\\circ",
+    r"\\\\\[[0-9.]+ ?(?:pt|ex|em|mm|cm)\]": r"\\\\",  # space between rows
+    r"\^-([0-9]+|[a-z])(?![\w^])": r"^{-\1}",  # 2^-3
+    r"\\(?:lor|vee)(?![A-Za-z])": " or ",
+    # y=7, x=3 is (3,7)
+    r"^([a-z]) ?= ?([^=,]+), ?(?!\1)([a-z]) ?= ?([^=,]+)$": lambda found: (
+        "({1},{3})" if found[1] < found[3] else "({3},{1})"
+    ).format(*found.groups()),
+}
 
 
 @functools.lru_cache(maxsize=1000)  # each rollout of a prompt has the same gold answer
@@ -388,10 +384,9 @@ def _decide(given: str, alone: bool, gold: str) -> bool | None:
     bases = [re.findall(r"[0-9]_\{?([0-9]+)", text) for text in (given, gold)]
     if all(bases) and bases[0] != bases[1]:
         return False
+    listed, spread = r"\\\{[^{}|<>]*\\\}", r"^[(\[][^()]*,[^()]*[)\]]$|\\cup|[<>]|\\[lg]e"
     for x, y in ((given, gold), (gold, given)):
-        if re.fullmatch(r"\\\{[^{}|<>]*\\\}", x) and re.search(
-            r"^[(\[][^()]*,[^()]*[)\]]$|\\cup|[<>]|\\[lg]e", y
-        ):
+        if re.fullmatch(listed, x) and re.search(spread, y):
             return False
     return None
 
