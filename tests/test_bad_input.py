@@ -102,7 +102,7 @@ CASES = {
     ),
     "a number for a prompt": ("--tasks t.jsonl", {"t.jsonl": jsonl(GOOD | {"prompt": 7})}, "must be text"),
     "a list for an answer": ("--tasks t.jsonl", {"t.jsonl": jsonl(GOOD | {"answer": [2]})}, "or a number"),
-    "a list for a task": ("--tasks t.jsonl", {"t.jsonl": "[1, 2]\n"}, "line 1: needs the keys"),
+    "a list for a task": ("--tasks t.jsonl", {"t.jsonl": "[1, 2]\n"}, "row 1: needs the keys"),
     "an id that is no text": ("--tasks t.jsonl", {"t.jsonl": jsonl(GOOD | {"id": 1.5})}, "the id"),
     "an id twice": ("--tasks t.jsonl", {"t.jsonl": jsonl(GOOD | {"id": "a"}) * 2}, "'a' is also in line 1"),
     "a brace too many": ("--tasks t.jsonl", {"t.jsonl": jsonl(GOOD | {"answer": "}"})}, "brace"),

@@ -276,10 +276,14 @@ def test_an_instruction_stands_on_the_line_after_the_prompt():
         eos_token_id = chat_template = None
 
         def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": [*map(ord, text)]}
+            one = isinstance(text, str)
+            return {"input_ids": [*map(ord, text)] if one else [[*map(ord, x)] for x in text]}
 
         def decode(self, ids):
             return "".join(map(chr, ids))
+
+        def batch_decode(self, rows):
+            return [*map(self.decode, rows)]
 
     asked = rollout.encode_tasks(Letters(), [SimpleNamespace(id="a", prompt="1+1=")], "In a box.")
     assert Letters().decode(asked["a"]) == "1+1=\nIn a box."
