@@ -227,7 +227,8 @@ def solve_dp(values, capacity: int, costs=None, spend_all=False) -> np.ndarray:
     costs = np.broadcast_to(np.arange(k) if costs is None else costs, (m, k))
     _need((costs >= 0) & (costs % 1 == 0), "costs: pass whole numbers >= 0")
     costs = np.minimum(costs, capacity + 1).astype(int)  # dearer: out of reach
-    # best[c]: the highest total of the items so far at a cost of at most c, or of c.
+    # best[c]: the highest total of the items so far at a cost of at most c (spend_all:
+    # of c).
     best = np.full(capacity + 1, -np.inf if spend_all else 0.0)
     best[0] = 0
     choice = np.empty((m, capacity + 1), np.min_scalar_type(k - 1))

@@ -355,10 +355,9 @@ def _tidy(text: str) -> str:
     text = (NAMED.findall(text) or [text])[-1].strip("* \n`")  # "Answer is 3" in a box
     # Dollars and brackets around a formula, not the $ of $18.
     text = re.sub(r"\$\$|(?<!\\)\\[\[\]()]|^\$([^$]*)\$$", r"\1", text)
-    # Powers: to NFKC 10⁵ is 105.
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda power: f"^{{{power[0]}}}", text)
-    text = text.translate(str.maketrans(CHARACTERS))
-    text = unicodedata.normalize("NFKC", text).replace("−", "-")  # full-width digits
+    plain = functools.partial(unicodedata.normalize, "NFKC")  # of which 10⁵ would be 105
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda power: f"^{{{plain(power[0])}}}", text)
+    text = plain(text.translate(str.maketrans(CHARACTERS)))  # full-width digits, too
     for pattern, new in REWRITES.items():
         text = re.sub(pattern, new, text)
     return text.strip().rstrip(".,;:?~\\ ")  # punctuation and spaces, as in 5\,
@@ -415,11 +414,11 @@ def _judge(given: str, alone: bool, gold: str) -> bool:
         # An answer is read whole: not by the one number that a formula contains.
         kinds = [parser.LatexExtractionConfig(not boxed, normalization_config=form)]
         kinds += [] if boxed else [parser.ExprExtractionConfig()]
-        # Its own time limits use the one alarm clock of a process.
-        if boxed and r"\pm" in text and "," not in text:  # both of them
+        if boxed and r"\pm" in text and "," not in text:  # means both
             signs = ("+-", "-+")
             text = ", ".join(text.replace(r"\pm", a).replace(r"\mp", b) for a, b in signs)
         text = f"\\boxed{{{text}}}" if boxed else text
+        # Its own time limits use the one alarm clock of a process.
         parsed = parser.parse(text, kinds, parsing_timeout=None, raise_on_error=True)
         found.append([_union(x) for x in parsed])
     # It finds no number in "答案是48。" or "we get (5)": the last one counts.

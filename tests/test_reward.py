@@ -828,13 +828,14 @@ EXPECTED = [Task("sums-1", "1+1?", "2", {"level": 3}), Task("sums-2", "3+4?", "0
 @pytest.mark.parametrize("name", ["sums.jsonl", "sums.json", "sums.JSONL", "sums.jsonl.gz", "sums.json.GZ"])
 def test_forms_of_json(tmp_path, name):
     """Catches: "007" read as 7, an array read as a line, a suffix in capitals not known."""
-    (tmp_path / "array").mkdir()
-    (tmp_path / "array" / "sums.jsonl").write_text(json.dumps(ROWS))  # not its suffix
-    assert load_tasks(tmp_path / "array" / "sums.jsonl") == EXPECTED
     text = json.dumps(ROWS, indent=1) if ".json" in Path(name).suffixes else "\n".join(map(json.dumps, ROWS))
     content = gzip.compress(text.encode()) if name.lower().endswith("gz") else text.encode()
     (tmp_path / name).write_bytes(content)
     assert load_tasks(tmp_path / name) == EXPECTED
+
+
+def test_an_array_in_a_jsonl(tmp_path):
+    assert load_tasks(_write(tmp_path / "sums.jsonl", ROWS)) == EXPECTED
 
 
 def test_csv(tmp_path):

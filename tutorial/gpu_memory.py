@@ -51,7 +51,7 @@ def memory_needs(c, engine: str, text, sizes: list, card: float) -> dict[str, di
         least = 2 * n + 16 * longest * cached + 2e9
         sampling = {"the engine's share": max(c.gpu_memory * card, least)}
     else:  # a batch of rows, and five float32 arrays of its logits
-        # Never more rows than a step has, or an evaluation.
+        # Never more rows than a step has, or an evaluation (of 256 problems at most, unless told).
         rows = max(c.budget, (c.held_out or 256) * c.eval_samples)
         batch = min(rollout.HFSampler.tokens_in_flight, rows * longest)
         sampling = copies | {
