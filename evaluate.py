@@ -16,11 +16,10 @@ as if nothing had happened. With another --reward, or after an edit of it, the c
 are judged again.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -103,7 +102,7 @@ def default_instruction(tasks: str) -> str:
 
 # A path that exists becomes absolute, so that it holds in any working folder. Other names stay.
 def path_or_name(text: str) -> str:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # Path's own raises where there is no such home
     name = text in ("", "tiny", "arithmetic", *HUB)
     return os.path.abspath(path) if path.exists() and not name else text
 
@@ -115,7 +114,7 @@ def reward_name(text: str) -> str:
 
 
 def file_path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 # The text of a JSON object, such as {"enable_thinking": false}. argparse says it if it is none.
@@ -132,7 +131,7 @@ def judge_of(spec: str | None, instruction: str):
 
 # The file of the user's reward. ValueError if it is not there.
 def reward_file(spec: str) -> Path:
-    path = Path(spec.rpartition(":")[0]).expanduser()
+    path = file_path(spec.rpartition(":")[0])
     return path if path.is_file() else reward.load_reward(spec)  # which says so
 
 
@@ -167,9 +166,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 # ValueError for settings that cannot work.
 def check(args) -> None:
     for name in ("samples", "temperature", "max_new_tokens", "held_out", "limit"):
-        value = getattr(args, name)
-        good = value is None or (np.isfinite(value) and value > 0)
-        need(good, f"--{name.replace('_', '-')} {value}: must be above 0")
+        value, low = getattr(args, name), 0.01 if name == "temperature" else 1  # vLLM's lowest
+        good = value is None or (np.isfinite(value) and value >= low)
+        need(good, f"--{name.replace('_', '-')} {value}: must be {low} or more")
     if out := args.out:
         there = out.suffix == ".json" and out.absolute().parent.is_dir()
         need(there, f"--out {out}: must be a .json file in a folder that exists")
@@ -194,7 +193,10 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
         path = rollout.resolve_model(name)
         config, tokenizer = rollout.load_config(path, args.trust_remote_code)
         prompts = rollout.encode_tasks(tokenizer, tasks, *words)  # {task id: token ids}
-        longest = max(map(len, prompts.values()))
+        longest, highest = max(map(len, prompts.values())), max(map(max, prompts.values()))
+        known = getattr(config.get_text_config(decoder=True), "vocab_size", 2**31)
+        apart = f"its tokenizer says {highest}, its weights know {known} tokens"
+        need(highest < known, f"--model {name}: {apart}")
         room = max(0, rollout.context_length(config) - longest)
         full = f"after a prompt of {longest} tokens its context has room for {room}"
         enough = room >= (args.max_new_tokens or 1)
@@ -206,8 +208,11 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
             row["prompt"] = tokenizer.decode(prompts[task.id])
             row["judged_by"] = short_hash(judge, repr(task.extra)) if args.reward else judge
         print(f"{name}, first prompt: {rows[0]['prompt']!r}")
+        if hint := rollout.prompt_hint(tokenizer, config, args.chat):
+            print(hint)
         models.append({"path": path, "prompts": prompts, "longest": longest, "rows": rows})
-    names = ("samples", "temperature", "seed", "chat", "instruction")
+    print(f"answers have at most {limit} tokens")
+    names = ("samples", "temperature", "seed", "chat", "chat_template_kwargs", "instruction")
     settings = {name: getattr(args, name) for name in names}
     return tasks, models, settings | {"max_new_tokens": limit, "engine": engine}
 
@@ -224,17 +229,19 @@ def judge_hash(spec: str | None, instruction: str) -> str:
     if spec:
         modules = sorted(reward_file(spec).parent.glob("*.py"))
     kind = spec or f"{importlib.metadata.version('math-verify')} {'boxed' in instruction}"
-    return short_hash(kind, *(path.read_text(errors="replace") for path in modules))
+    return short_hash(kind, *(path.read_text(errors="replace") for path in modules if path.is_file()))
 
 
-# Which weights a model has: a hash of its files, or the hub's id and commit.
+# Which model it is: a hash of its files, or the hub's id and commit.
 def weights_of(path: str, config) -> str:
     if not Path(path).is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
-    # Names lie: RUN/final is written anew by the next run there.
+    # Names lie: RUN/final is written anew by the next run there. And config.json or other end tokens make
+    # another model of the same weights.
     digest, files = hashlib.sha256(), sorted(Path(path).glob("*.safetensors"))
     need(files, f"--model {path}: no weights there (*.safetensors)")
-    for file in files:
+    for file in [*files, *sorted(Path(path).glob("*.json"))]:
+        need(file.stat().st_size, f"--model {path}: {file.name} is empty")
         digest.update(np.memmap(file, mode="r"))  # gigabytes are never in memory at once
     return digest.hexdigest()[:16]
 
@@ -267,7 +274,8 @@ def read_record(path: Path, settings: dict) -> dict[tuple, dict]:
     for name, now in settings.items():
         was = rows[0]["settings"].get(name) if rows else now
         flag = f"--{name.replace('_', '-')}"
-        need(was == now, f"{path} was made with {flag} {was!r}, not {now!r}: give that, or another --out")
+        old = f"{path} was made with {flag} {was!r}, not {now!r}"
+        need(was == now, f"{old}: ask as then, or choose another --out")
     os.truncate(path, text.rfind(b"\n") + 1)  # new lines must not be glued to a torn one
     return {key(row): row for row in rows[1:]}
 
@@ -276,6 +284,8 @@ def read_record(path: Path, settings: dict) -> dict[tuple, dict]:
 def judge_again(model: dict, tasks, judge, done: dict, file) -> None:
     known = [(row, task) for row, task in zip(model["rows"], tasks, strict=True) if key(row) in done]
     stale = [(r, t) for r, t in known if done[key(r)].get("judged_by") != r["judged_by"]]
+    if not stale:  # a reward need not take empty lists
+        return
     answers = [(c, task) for row, task in stale for c in done[key(row)]["completions"]]
     rewards = reward.grade(judge, [t for _, t in answers], [c["text"] for c, _ in answers])
     none = getattr(judge, "no_verdict", ())  # out of time: neither right nor wrong
@@ -304,8 +314,8 @@ def ask(model: dict, tasks, settings: dict, trust: bool, judge, done: dict, file
     sampler, n = None, settings["samples"]
     for start in range(0, len(tasks), BATCH):
         batch, rows = tasks[start : start + BATCH], model["rows"][start : start + BATCH]
-        bar.update(len(batch))
         if all(key(row) in done for row in rows):
+            bar.update(len(batch))
             continue
         sampler = sampler or open_sampler(model, settings, trust)
         # The whole batch is asked, even if some of it is there: in other company sums are rounded
@@ -321,6 +331,7 @@ def ask(model: dict, tasks, settings: dict, trust: bool, judge, done: dict, file
             if key(row) not in done:  # what was there stays as it was
                 done[key(row)] = row | {"completions": completions[i * n : (i + 1) * n]}
                 print(json.dumps(done[key(row)]), file=file, flush=True)
+        bar.update(len(batch))
     if sampler is not None:  # before the next model's: there is room for one
         sampler.close()
 
@@ -392,6 +403,8 @@ def main(argv=None) -> None:
         settings |= {k: getattr(args, k) for k in ("tasks", "held_out", "limit", "lenient", "reward")}
         # What else would be needed to make the same numbers again.
         versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "math-verify")}
+        if settings["engine"] == "vllm":
+            versions["vllm"] = importlib.import_module("vllm").__version__
         whole = {"command": command, "settings": settings, "versions": versions, "results": found}
         replace_file(args.out, lambda part: part.write_text(json.dumps(whole, indent=2) + "\n"))
 

@@ -31,8 +31,6 @@ prompts and R rollouts, T (R,) the lengths and n (R,) the size of each one's gro
     RLOO                     kind="leave-one-out"
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator, Sequence

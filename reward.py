@@ -15,8 +15,6 @@ A reward of your own is a function of a batch (`--reward FILE.py:FUNCTION`):
 array([1.])
 """
 
-from __future__ import annotations
-
 import csv
 import functools
 import gzip

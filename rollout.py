@@ -48,7 +48,7 @@ class Rollout:
 # ---- the model ----
 def resolve_model(name: str) -> str:
     """`tiny`, a folder, a hub id, or a bare Qwen name -> a folder or hub id."""
-    folder = TINY if name == "tiny" else Path(name).expanduser()
+    folder = TINY if name == "tiny" else Path(os.path.expanduser(name))
     if (folder / "config.json").is_file():
         return str(folder)
     if folder.exists() or name.startswith(("/", ".", "~")):
@@ -81,6 +81,8 @@ def loading(path: str):
     # Configurations, tokenizers and weights each raise kinds of their own.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if "custom code" in reason:
+            reason = "it brings code of its own, which --trust-remote-code runs"
         raise ValueError(f"--model {path}: cannot be loaded ({reason})") from error
 
 
@@ -147,16 +149,22 @@ def encode_prompts(tokenizer, texts: list[str], chat=False, template_kwargs=None
         raise ValueError("--chat-template-kwargs needs --chat")
     settings = {"add_generation_prompt": True} | (template_kwargs or {})
     # Some tokenizers append the end of sequence, after which nothing is left to say.
-    appended = tokenizer("1")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    bare = tokenizer("1", add_special_tokens=False)["input_ids"][-1:]
+    appended = bare != tokenizer("1")["input_ids"][-1:] == [tokenizer.eos_token_id]
     prompts = []
     for text in texts:
         if chat:
             try:
                 turns = [{"role": "user", "content": text}]
-                text = tokenizer.apply_chat_template(turns, **settings, tokenize=False)
+                asked = tokenizer.apply_chat_template(turns, **settings, tokenize=False)
             # What templates raise, and what they do with odd arguments.
             except (TemplateError, TypeError, ValueError, LookupError) as error:
                 raise ValueError(f"--chat: the template fails: {error!r:.200}") from error
+            # Some take a list of parts, and write nothing of a text.
+            if text.strip() not in asked:
+                what = f"the template makes {asked!r:.60} of {text!r:.60}"
+                raise ValueError(f"--chat: {what}: drop the flag, or mend it")
+            text = asked
         # A template writes its special tokens itself.
         ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
         prompts.append(ids[:-1] if appended and not chat else ids)
@@ -170,8 +178,9 @@ def encode_tasks(tokenizer, tasks, instruction="", chat=False, template_kwargs=N
     # A small vocabulary drops what it lacks without a word: "9-4=" would be asked as
     # "94=". So does the empty one that transformers makes where files are missing.
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    for text, read in zip(texts, tokenizer.batch_decode(ids), strict=True):
-        if _visible(read) < _visible(text):
+    for text, own, read in zip(texts, ids, tokenizer.batch_decode(ids), strict=True):
+        unknown = tokenizer.unk_token_id in own and tokenizer.unk_token not in text
+        if unknown or _visible(read) < _visible(text):
             lost = f"the tokenizer reads {text!r:.60} as {read!r:.60}"
             raise ValueError(f"{lost}: take another model, or mend its tokenizer")
     return {t.id: ids for t, ids in zip(tasks, prompts, strict=True)}
@@ -182,15 +191,17 @@ def _visible(text: str) -> int:
     return sum(c.isprintable() and not c.isspace() for c in text)
 
 
-def prompt_hint(tokenizer, chat: bool) -> str | None:
+def prompt_hint(tokenizer, config, chat: bool) -> str | None:
     """A line for whoever asks an instruct model without --chat, or a base model with it."""
-    # A base model may have a template too, but one that never writes its end of sequence.
-    template, end = str(tokenizer.chat_template or ""), tokenizer.eos_token or "eos_token"
-    instruct = "eos_token" in template or end in template
+    # A base model may have a template too, but one that never writes an end of sequence.
+    template = str(tokenizer.chat_template or "")
+    more = np.ravel(config.get_text_config(decoder=True).eos_token_id).tolist()  # Gemma: two
+    ends = tokenizer.convert_ids_to_tokens([i for i in more if i is not None])
+    instruct = any(end in template for end in ("eos_token", tokenizer.eos_token, *ends) if end)
     if instruct and not chat:
         return "is this an instruct model? It has a chat template: --chat"
     if chat and not instruct:
-        return f"is this a base model? Its chat template never writes {end}"
+        return "is this a base model? Its chat template writes no end of sequence"
     return None
 
 
@@ -259,8 +270,9 @@ class HFSampler:
         with torch.inference_mode(), in_eval_mode(model):
             out = model(torch.tensor([[0]], device=model.device), use_cache=True)
         cache = out.get("past_key_values")
-        kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [None])}
-        self.cached = kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
+        kinds = {type(x).__name__ for x in (cache, *getattr(cache, "layers", ()))}
+        plain = {"DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer"}
+        self.cached = kinds <= plain
         if not self.cached:
             slow = "each row is read anew for every token, which is exact and slow"
             warnings.warn(f"this model's cache is not attention's: {slow}", stacklevel=2)
@@ -312,7 +324,7 @@ class HFSampler:
         rows = torch.arange(r, device=where)  # those that have not ended
         # The prompts, each once, padded on the left: all end in the last column.
         distinct = list(dict.fromkeys(group))
-        texts = [torch.tensor(prompts[i]) for i in distinct]
+        texts = [torch.as_tensor(prompts[i], dtype=torch.long) for i in distinct]
         ids = pad_sequence(texts, True, -1, "left").to(where)  # (G, P)
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)
         expand = torch.tensor([distinct.index(i) for i in group], device=where)  # (r,)

@@ -18,8 +18,6 @@ each evaluation; dashboard.png; checkpoint/step-NNNNNN/, the last two and the be
 transformers and vLLM load a checkpoint or final/ as it is.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -789,7 +787,7 @@ def set_up(c: Config, out: Path, locked, train_tasks, held_out, checkpoint: Path
     longest = check_model(c, out, model, [prompts[t.id] for t in train_tasks + held_out])
     grpo.check_logprobs(model, c.temperature)
     print(f"first prompt: {tokenizer.decode(prompts[train_tasks[0].id])!r}")
-    if hint := rollout.prompt_hint(tokenizer, c.chat):
+    if hint := rollout.prompt_hint(tokenizer, model.config, c.chat):
         print(hint)
 
     limits = (c.max_new_tokens, c.temperature)

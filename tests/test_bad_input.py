@@ -240,6 +240,10 @@ MODELS = {  # name: (what is done to a copy of the embedded model, more flags, w
     "a damaged tokenizer": (lambda m: (m / "tokenizer.json").write_text("[]"), "", "loaded (TypeError"),
     "another model's tokenizer": (tokens_of_another_model, "", "its weights know 16 tokens"),
     "a config that is no JSON": (lambda m: (m / "config.json").write_text("{"), "", "loaded (OSError"),
+    "a model's own code": (
+        edit_json("config.json", model_type="x", auto_map={"AutoConfig": "mine.Config"}), "",
+        "code of its own, which --trust-remote-code runs",
+    ),
     "a model nobody knows": (edit_json("config.json", model_type="x"), "", "cannot be loaded (ValueError"),
     "weights of another shape": (edit_json("config.json", intermediate_size=64), "", "config.json's shape"),
     "weights with a layer missing": (

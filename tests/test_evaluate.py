@@ -155,10 +155,11 @@ def test_command_line(tmp_path):
     assert all(0 < result["scores"][name]["se"] < 0.2 for name in ("avg@4", "pass@4", "never_solved"))
     assert re.search(rf"avg@4 +{scores['avg@4']:.3f} ± ", done.stdout)
     assert "first prompt: '" in done.stdout and "40/40" in done.stderr
+    assert "answers have at most 40 tokens" in done.stdout
     assert record["settings"] == {
         "samples": 4, "temperature": 1.0, "max_new_tokens": 40, "seed": 0, "engine": "hf", "chat": False,
-        "instruction": "", "held_out": 256, "limit": 40, "lenient": False, "reward": None,
-        "tasks": "arithmetic",
+        "chat_template_kwargs": "{}", "instruction": "", "held_out": 256, "limit": 40, "lenient": False,
+        "reward": None, "tasks": "arithmetic",
     }  # fmt: skip
     assert record["command"].startswith("python evaluate.py --samples 4 ")
     assert {"torch", "transformers", "math-verify"} <= record["versions"].keys()
@@ -212,7 +213,8 @@ def test_several_models(tmp_path, noisy):
 def test_a_reward_of_ones_own_scores_here_too(tmp_path, monkeypatch):
     """Catches: a graded reward counted as it is, or cut to whole numbers."""
     (tmp_path / "mine.py").write_text(
-        "def half(tasks, texts):\n    return [.6 if t < '5' else .4 for t in texts]\n"
+        "def half(tasks, texts):\n    assert texts  # never an empty batch\n"
+        "    return [.6 if t < '5' else .4 for t in texts]\n"
     )
     flags = ["--limit", "20", "--reward", f"{tmp_path / 'mine.py'}:half"]
     (result,) = run(tmp_path / "a.json", *flags)["results"]
@@ -265,17 +267,20 @@ def test_where_a_box_is_asked_for_only_a_box_counts(tmp_path, monkeypatch, more,
 
 
 def test_changed_weights_are_sampled_anew(tmp_path, noisy):
-    """Catches: completions of the old weights counted for the new ones under the same name."""
-    folder = tmp_path / "model"
+    """Catches: completions of the old weights, or of other end tokens, counted for the new model under the
+    same name."""
+    folder, flags = tmp_path / "model", ["--model", str(tmp_path / "model"), "--limit", "20"]
     shutil.copytree(rollout.resolve_model("tiny"), folder)
-    before = run(tmp_path / "a.json", "--model", str(folder), "--limit", "20")["results"][0]
+    (before,) = run(tmp_path / "a.json", *flags)["results"]
     shutil.copy(noisy / "model.safetensors", folder)
-    after = run(tmp_path / "a.json", "--model", str(folder), "--limit", "20")["results"][0]
+    (after,) = run(tmp_path / "a.json", *flags)["results"]
     assert after["scores"] != before["scores"] and after["weights"] != before["weights"]
-    assert (
-        after["scores"]
-        == run(tmp_path / "b.json", "--model", str(noisy), "--limit", "20")["results"][0]["scores"]
-    )
+    (alone,) = run(tmp_path / "b.json", "--model", str(noisy), "--limit", "20")["results"]
+    assert after["scores"] == alone["scores"]
+    ends = rollout.load_config(str(folder))[1]("1")["input_ids"] + [1]  # an answer with a 1 ends there
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    (sooner,) = run(tmp_path / "a.json", *flags)["results"]
+    assert sooner["scores"]["tokens"]["mean"] < after["scores"]["tokens"]["mean"]
 
 
 def test_no_verdict_is_reported(tmp_path, monkeypatch, capsys):
@@ -300,9 +305,9 @@ def test_no_verdict_is_reported(tmp_path, monkeypatch, capsys):
 
 
 FAULTS = {
-    "samples": (["--samples", "0"], "--samples 0: must be above 0"),
-    "temperature": (["--temperature", "nan"], "--temperature nan: must be above 0"),
-    "limit": (["--limit", "-1"], "--limit -1: must be above 0"),
+    "samples": (["--samples", "0"], "--samples 0: must be 1 or more"),
+    "temperature": (["--temperature", "nan"], "--temperature nan: must be 0.01 or more"),
+    "limit": (["--limit", "-1"], "--limit -1: must be 1 or more"),
     "held out": (["--held-out", "1280"], "hold out fewer"),
     "model": (["--model", "tiny", "no-such-model"], "no-such-model"),
     "tasks": (["--tasks", "absent.jsonl"], "absent.jsonl"),
@@ -326,7 +331,7 @@ def test_records_that_do_not_fit(tmp_path, capsys):
     out, record = tmp_path / "a.json", tmp_path / "a.completions.jsonl"
     run(out, "--limit", "2")
     message = fail(capsys, "--limit", "2", "--seed", "1", "--out", str(out))
-    assert "was made with --seed 0, not 1: give that, or another --out" in message
+    assert "was made with --seed 0, not 1: ask as then, or choose another --out" in message
     lines = record.read_text().splitlines(keepends=True)
     record.write_text(lines[0] + "{}\n" + lines[1])
     assert "a.completions.jsonl, line 2: not a line of" in fail(capsys, "--out", str(out))
@@ -339,10 +344,17 @@ def test_records_that_do_not_fit(tmp_path, capsys):
 
 def test_damaged_weights_are_one_line(tmp_path, capsys):
     shutil.copytree(rollout.resolve_model("tiny"), tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"damaged")
-    assert "cannot be loaded" in fail(capsys, "--model", str(tmp_path / "model"))
-    (tmp_path / "model" / "model.safetensors").unlink()
-    assert "no weights there" in fail(capsys, "--model", str(tmp_path / "model"))
+    flags, weights = ["--model", str(tmp_path / "model")], tmp_path / "model" / "model.safetensors"
+    for content, words in ((b"damaged", "cannot be loaded"), (b"", "model.safetensors is empty")):
+        weights.write_bytes(content)
+        assert words in fail(capsys, *flags)
+    weights.unlink()
+    assert "no weights there" in fail(capsys, *flags)
+    tokenizer = weights.with_name("tokenizer.json")
+    known = json.loads(tokenizer.read_text())
+    known["model"]["vocab"]["="] = 16  # of another model: the weights have 16 rows
+    tokenizer.write_text(json.dumps(known))
+    assert "its tokenizer says 16, its weights know 16 tokens" in fail(capsys, *flags)
 
 
 def test_a_wrong_flag_answers_before_torch_is_imported():
@@ -351,7 +363,7 @@ def test_a_wrong_flag_answers_before_torch_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "False\n")
-    assert done.stderr == "evaluate.py: error: --samples 0: must be above 0\n"
+    assert done.stderr == "evaluate.py: error: --samples 0: must be 1 or more\n"
 
 
 @pytest.mark.slow
@@ -369,9 +381,3 @@ def test_vllm_agrees_with_transformers(tmp_path, noisy):
         for name in ("avg@4", "tokens"):
             x, y = a["scores"][name], b["scores"][name]
             assert abs(x["mean"] - y["mean"]) <= 4 * np.hypot(x["se"], y["se"]), (a["model"], name)
-
-
-def test_the_record_is_of_the_shipped_model():
-    """Catches: a new embedded model beside the old one's scores."""
-    record = json.loads((ROOT / "tutorial/results/evaluations/tiny-arithmetic.json").read_text())
-    assert record["results"][0]["weights"] == evaluate.weights_of(rollout.resolve_model("tiny"), None)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -95,6 +96,7 @@ SLOW = pytest.mark.slow
         ),
         ("lfm2", HEADS | dict(layer_types=["conv", "full_attention"])),
         ("mamba", dict(state_size=8)),
+        ("minimax", HEADS | dict(num_local_experts=2)),
         ("falcon_h1", HEADS | MAMBA | dict(mamba_d_ssm=32, mamba_d_head=8)),
         ("bamba", HEADS | MAMBA | dict(attn_layer_indices=[1], mamba_d_head=16)),
     ],
@@ -199,7 +201,7 @@ def test_a_model_in_training_mode(loaded, prompts):
     assert [m.training for m in model.modules()] == modes
 
 
-@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+@pytest.mark.parametrize("kind", [np.array, np.uint16, torch.tensor])
 def test_prompts_in_arrays(loaded, prompts, kind):
     """Catches: seeds that follow from how numbers are printed; records that are no JSON."""
     sampler = rollout.HFSampler(*loaded, max_new_tokens=8)
@@ -273,7 +275,7 @@ def test_what_a_template_is_told(own_tokenizer):
 
 def test_an_instruction_stands_on_the_line_after_the_prompt():
     class Letters:
-        eos_token_id = chat_template = None
+        eos_token_id = unk_token_id = chat_template = None
 
         def __call__(self, text, add_special_tokens=True):
             one = isinstance(text, str)
@@ -289,10 +291,15 @@ def test_an_instruction_stands_on_the_line_after_the_prompt():
     assert Letters().decode(asked["a"]) == "1+1=\nIn a box."
 
 
+@pytest.mark.parametrize("unknown", [False, True])
 @pytest.mark.parametrize("prompt", ["9-4=", "What is 9+4?", "π"])
-def test_characters_that_a_vocabulary_lacks(own_tokenizer, prompt):
-    """Catches: 9-4= and 9*4= both asked as 94=, without a word. Spaces may go."""
-    tasks = [SimpleNamespace(id="a", prompt="9 + 4="), SimpleNamespace(id="b", prompt=prompt)]
+def test_characters_that_a_vocabulary_lacks(own_tokenizer, prompt, unknown):
+    """Catches: 9-4= and 9*4= both asked as 94=, or as 9<unk>4=, without a word. Spaces may go."""
+    if unknown:
+        vocabulary = WordLevel(own_tokenizer.get_vocab(), unk_token=own_tokenizer.unk_token)
+        own_tokenizer.backend_tokenizer.model = vocabulary
+    first = "9+4=" if unknown else "9 + 4="
+    tasks = [SimpleNamespace(id="a", prompt=first), SimpleNamespace(id="b", prompt=prompt)]
     assert list(rollout.encode_tasks(own_tokenizer, tasks[:1])) == ["a"]
     with pytest.raises(ValueError, match=re.escape(f"the tokenizer reads {prompt!r} as")):
         rollout.encode_tasks(own_tokenizer, tasks)
@@ -307,6 +314,8 @@ def test_characters_that_a_vocabulary_lacks(own_tokenizer, prompt):
         ("{% if %}", True, None, "TemplateSyntaxError"),
         ("{{ 1 + thinking }}", True, {"thinking": "yes"}, "TypeError"),
         ("{{ messages[9]['content'] }}", True, None, "UndefinedError"),
+        # A multimodal model's wants a list of parts, and would ask '=' of everybody.
+        ("{% for x in messages[0]['content'] %}{{ x['text'] }}{% endfor %}=", True, None, "makes '=' of '7'"),
     ],
 )
 def test_templates_that_fail_are_one_line(own_tokenizer, template, chat, kwargs, words):
@@ -326,9 +335,12 @@ def test_hints_about_chat(own_tokenizer):
         ("{{ x }}" + end, True, None),
         ("{{ x }}<|im_end|>", False, None),
         ("{{ x }}<|im_end|>", True, "base model"),
+        ("{{ x }}8", False, "--chat"),  # Gemma's: the config names a second end, <end_of_turn>
+        ("{{ x }}8", True, None),
     ]:
         own_tokenizer.chat_template = template
-        hint = rollout.prompt_hint(own_tokenizer, chat)
+        config = AutoConfig.for_model("qwen2", eos_token_id=[1, *own_tokenizer("8")["input_ids"]])
+        hint = rollout.prompt_hint(own_tokenizer, config, chat)
         assert hint is None if words is None else words in hint
 
 
