@@ -158,8 +158,13 @@ def test_a_choice_is_the_exact_knapsack(seed, monkeypatch):
 def test_a_choice_among_equals(monkeypatch):
     """Catches: unseen prompts that get one rollout each, which is worth nothing."""
     monkeypatch.setattr(train, "batch_of", train.batch_of)
-    counts = where_it_pays.choose()(knapsack.SuccessTracker(), list(range(256)), train.Config(budget=203))
+    new, allocate = knapsack.SuccessTracker(), where_it_pays.choose()
+    counts = allocate(new, list(range(256)), train.Config(budget=203))
     assert counts.sum() == 203 and set(counts) == {0, 2, 3}
+    # Where two have all that they may have, the one that is left over goes to a third.
+    new.update(range(3), [200, 200, 0], [400, 400, 400])
+    counts = allocate(new, list(range(3)), train.Config(budget=17, n_max=8))
+    assert counts.tolist() == [8, 8, 1]
     tasks = list(range(1024))
     batches = [train.batch_of(tasks, step, train.Config()) for step in range(1, 9)]
     for epoch in (batches[:4], batches[4:]):
@@ -338,6 +343,9 @@ def test_tables(recorded):
     assert other == pytest.approx([rows[0]["pass1"] - 0.1])  # seed 0 alone has such a run
     reached = where_it_pays.when_reached("spo", **cell)
     assert 0.9 < reached < 1 and np.isinf(where_it_pays.when_reached("uniform", "spo", **cell))
+    # Over common seeds: seed 0's own curve crosses the end of the base's seed 0, whatever others do.
+    alone = where_it_pays.at(rows[0], np.linspace(0, 1, 501)) >= 0.1
+    assert where_it_pays.when_reached("uniform", "spo", {"prompts": 32}, **cell) == alone.argmax() / 500
 
 
 def test_best_rate(recorded):
@@ -347,7 +355,8 @@ def test_best_rate(recorded):
     rows = [made_up("spo", 100 + s, x, lr) for lr, both in ends.items() for s, x in enumerate(both)]
     recorded([*rows, made_up("spo", 0, 1.0, 1), made_up("spo", 100, 1.0, 1, prompts=32)])
     assert where_it_pays.best("spo", "long", 203) == {"prompts": 64, "lr": 2}
-    assert where_it_pays.best("spo", "long", 203, shapes=True) == {"prompts": 32, "lr": 1}
+    for asked in ({"shapes": True}, {"prompts": 32}):
+        assert where_it_pays.best("spo", "long", 203, **asked) == {"prompts": 32, "lr": 1}
     assert "| spo | 32 | 0.800* |" in where_it_pays.rates_table(["spo"], "long", 203)
     with pytest.raises(ValueError, match="hora on long"):
         where_it_pays.best("hora", "long", 203)
@@ -391,6 +400,11 @@ def test_older_rows_lack_the_rollouts_so_far():
     old = new | {"curve": [c[:3] for c in new["curve"]]}
     assert where_it_pays.at(new, [0.25, 1]) == pytest.approx(where_it_pays.at(old, [0.25, 1]))
     assert where_it_pays.at(new, [0.25, 1]) == pytest.approx([0.25, 0.8])
+    # Half of the rollouts for the same curve: at a quarter of the steps it is where uniform is.
+    half = [[*c[:3], c[3] // 2] for c in new["curve"]]
+    for rule, want in (("saving at 0.1", [0.25, 0.8]), ("dapo", [0.4, 0.8])):
+        row = new | {"rule": rule, "curve": half}
+        assert where_it_pays.at(row, [0.25, 1]) == pytest.approx(want, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["hora+sop", "no rule", "knapsack+spo-1"])

@@ -50,7 +50,8 @@ def main() -> None:
     if args.ceiling:
         ceiling, ceiling_se = held_out_success(args.ceiling)
     else:  # pretraining has no part in what train.py does
-        ceiling, ceiling_se = json.loads(args.out.read_text())["ceiling"]
+        recorded = HERE / "results" / "headroom.json"
+        ceiling, ceiling_se = json.loads(recorded.read_text())["ceiling"]
     start, start_se = held_out_success(rollout.resolve_model("tiny"))
     print(f"shipped {start:.3f} ± {start_se:.3f}, ceiling {ceiling:.3f} ± {ceiling_se:.3f}")
     runs = []

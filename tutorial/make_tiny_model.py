@@ -12,7 +12,8 @@ enough to ship. The text is chain sums with running totals,
 and whoever wrote them is unsure of some of the 90 facts "a total that ends in u, plus d":
 fact (u, d) is written wrong with its own probability e[u, d], drawn once, and always with the
 same mistake. A sum of k digits comes out right with probability prod (1 - e) over its k - 1
-steps, so success rates spread from 0 to 1 as a real model's do, and fall with length.
+steps, or a little more, as one mistake may undo another. So success rates spread from 0 to 1
+as a real model's do, and fall with length.
 Reinforcement learning then has to find out which facts were wrong. --clean sets e to 0: the
 best this network can do, which is what training is measured against.
 """

@@ -68,7 +68,8 @@ def inside(value=None):
 
 
 # Among k problems, where a problem may get none. The first two rollouts are bought together: each of them
-# is worth what the third is, so the greedy stays exact but for one left over.
+# is worth what the third is, so the greedy stays exact but for one left over, and but for those equal at the
+# margin, of which each gets one rollout or none: those stay unspent.
 def choose(k, weight):
     def rule(p, budget, rng):
         i = rng.permutation(len(p))[:k]

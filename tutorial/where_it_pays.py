@@ -1,7 +1,7 @@
 """Where does an allocation pay, and which one? Many small training runs, one JSON row each.
 
     python tutorial/where_it_pays.py --rules uniform knapsack --seeds 0 1 2 3     # goes on where it was
-    ... --beds sums long --budgets 203 256 384 512 1024 --rules uniform knapsack  # the map
+    ... --beds sums --budgets 192 256 384 512 1024 --seeds 0 1 2  # the map; for long 203 in place of 192
     ... --rules "told p" "prompt mean" dapo                                       # one thing changed
     ... --rules uniform hora spo --lrs 1e-4 2e-4 4e-4 --seeds 100 101             # chapter 10: rates, then
     ... --rules uniform hora spo --lrs best --seeds 0 1 2 3 4 5 6 7
@@ -154,8 +154,9 @@ def choose():
         counts = knapsack.solve_greedy(worth.T, c.budget)
         if (single := counts == 1).any():
             counts[single] = 0
-            gains = np.diff(worth, axis=0)[counts, np.arange(len(ids))]
-            counts[np.where(counts, gains, 0).argmax()] += single.sum()
+            gains = np.vstack([np.diff(worth, axis=0), np.full(len(ids), -2)])  # nobody above n_max
+            gains = np.where(counts, gains[counts, np.arange(len(ids))], -1)
+            counts[gains.argmax()] += single.sum()
         return counts
 
     widen(4, epochs=0)
@@ -387,9 +388,11 @@ def runs(rule: str, **cell) -> list[dict]:
 
 
 # ---- What comes out ------------------------------------------------------------------------------------
-# Held-out success after these shares of all the rollouts, between two evaluations on a straight line.
+# Held-out success after these shares of all the rollouts (of all steps, where a rule is to draw fewer),
+# between two evaluations on a straight line.
 def at(row: dict, shares) -> np.ndarray:
-    spent = [c[3] if len(c) > 3 else c[0] * row["budget"] for c in row["curve"]]  # older rows lack it
+    by_steps = row["rule"].startswith("saving") or len(row["curve"][0]) < 4  # older rows lack the rollouts
+    spent = [c[0] * row["budget"] if by_steps else c[3] for c in row["curve"]]
     return np.interp(np.asarray(shares) * row["steps"] * row["budget"], spent, [c[1] for c in row["curve"]])
 
 
@@ -422,11 +425,11 @@ def tuning(rule: str, bed: str, budget: int, steps: int | None = None) -> dict:
     return dict(sorted(found.items()))
 
 
-# The rate (of 64 prompts, unless `shapes`) with the highest success. At a rate at which one run falls below
-# half of another's success, a run is not safe: it is none to choose.
-def best(rule: str, bed: str, budget: int, steps: int | None = None, shapes: bool = False) -> dict:
-    usual, found = BEDS[bed]["usual"], tuning(rule, bed, budget, steps)
-    found = {k: x for k, x in found.items() if shapes or k[0] == usual["prompts"]}
+# The rate (of the usual number of prompts, or of another one, or of any: `shapes`) with the highest success.
+# At a rate at which one run falls below half of another's success, a run is not safe: it is none to choose.
+def best(rule, bed: str, budget: int, steps=None, prompts=None, shapes: bool = False) -> dict:
+    prompts, found = prompts or BEDS[bed]["usual"]["prompts"], tuning(rule, bed, budget, steps)
+    found = {k: x for k, x in found.items() if shapes or k[0] == prompts}
     safe = {k: np.mean(x) for k, x in found.items() if min(x) > max(x) / 2}
     if not safe:
         raise ValueError(
@@ -511,10 +514,12 @@ def corrected_table(rules, base="uniform", base_at=None, tuned=False, **cell) ->
 
 
 # Rollouts until the mean curve of a rule reaches the mean end of another, as a share of all; or infinity.
+# Over the seeds that both have.
 def when_reached(rule: str, base="uniform", base_at=None, **cell) -> float:
     shares = np.linspace(0, 1, 501)
     both = runs(rule, **cell), runs(base, **cell | (base_at or {}))
-    ours, theirs = (np.mean([at(r, shares) for r in rows], 0) for rows in both)
+    seeds = set.intersection(*({r["seed"] for r in rows} for rows in both))
+    ours, theirs = (np.mean([at(r, shares) for r in rows if r["seed"] in seeds], 0) for rows in both)
     above = np.flatnonzero(ours >= theirs[-1])
     return float(shares[above[0]]) if len(above) else np.inf
 
@@ -658,7 +663,7 @@ def main() -> None:
     for seed, bed, budget, prompts, lr, steps, rule in axes:
         usual = BEDS[bed]["usual"]
         try:
-            lr = best(rule, bed, budget, steps)["lr"] if lr == "best" else lr or usual["lr"]
+            lr = best(rule, bed, budget, steps, prompts)["lr"] if lr == "best" else lr or usual["lr"]
         except ValueError as error:
             parser.error(str(error))
         prompts, steps = prompts or usual["prompts"], steps or usual["steps"]

@@ -3,7 +3,7 @@
     python tests/bench/bench_rollout.py                                                 # the embedded model
     python tests/bench/bench_rollout.py --model smollm2 --tasks additions.jsonl     # a real one
 
-64 prompts, counts from a real allocation (2 to 34 rollouts, 256 in all), 8 and 64 new tokens:
+64 prompts, counts from a real allocation (2 rollouts to 30, 256 in all), 8 and 64 new tokens:
   VLLMSampler.sample against a bare LLM.generate of the same requests (same seeds, same settings);
   HFSampler against transformers' generate() on the prompts repeated n_i times;
   vLLM against HF; seconds of a weight sync; the canary's gap in float32 and bfloat16; HFSampler's memory
