@@ -501,10 +501,10 @@ def vllm_build() -> str | None:
 def choose_engine(wanted: str) -> tuple[str, str]:
     """'auto', 'vllm' or 'hf' -> (engine, why). ValueError if vLLM cannot run as asked."""
     build, gpu = vllm_build(), device() == "cuda"
-    if wanted == "auto" and build and gpu:
+    if wanted == "auto" and build == "gpu" and gpu:
         return "vllm", "it is installed and there is a GPU"
     if wanted == "auto":
-        return "hf", "there is no GPU for vLLM" if build else "vLLM is not installed"
+        return "hf", "vLLM is not installed" if gpu or not build else "there is no GPU for vLLM"
     if wanted == "vllm" and not build:
         raise ValueError("--engine vllm: `pip install vllm==0.32.0` first, or --engine hf")
     if wanted == "vllm" and build == "gpu" and not gpu:

@@ -178,6 +178,9 @@ def test_a_longer_run():
         assert len(lead) == seeds and f"it ends at {end:.3f}" in readme
         said = f"{with_error(lead)} below the knapsack's 64 of eight (eight seeds, uncorrected), which is "
         assert seeds == 4 or f"{said}there after {share:.2f} of the rollouts" in readme
+    for other, word in (({"prompts": 128}, "is "), (dict(budget=128, prompts=16, steps=400), "too: +")):
+        d = where_it_pays.differences("knapsack", **cell | other)
+        assert (len(d), verdict(d)) == (8, "tie") and word + with_error(d) in readme
     above, below = (where_it_pays.differences("paper", base=base, **cell) for base in ("uniform", "knapsack"))
     assert (verdict(above), verdict(below)) == ("tie", "loss")
     said = (

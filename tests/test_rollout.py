@@ -371,6 +371,7 @@ def test_a_loaded_model_can_be_saved(tmp_path, settings, ends):
         (None, False, "auto", "hf"),
         (None, True, "auto", "hf"),
         ("cpu", False, "auto", "hf"),
+        ("cpu", True, "auto", "hf"),  # that build cannot use the GPU
         ("gpu", True, "auto", "vllm"),
         ("gpu", True, "hf", "hf"),
         ("cpu", False, "vllm", "vllm"),
