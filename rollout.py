@@ -195,7 +195,8 @@ def prompt_hint(tokenizer, config, chat: bool) -> str | None:
     """A line for whoever asks an instruct model without --chat, or a base model with it."""
     # A base model may have a template too, but one that never writes an end of sequence.
     template = str(tokenizer.chat_template or "")
-    more = np.ravel(config.get_text_config(decoder=True).eos_token_id).tolist()  # Gemma: two
+    text = config.get_text_config(decoder=True)
+    more = np.ravel(getattr(text, "eos_token_id", None)).tolist()  # Gemma: two
     ends = tokenizer.convert_ids_to_tokens([i for i in more if i is not None])
     instruct = any(end in template for end in ("eos_token", tokenizer.eos_token, *ends) if end)
     if instruct and not chat:
