@@ -601,7 +601,7 @@ def draw(path: Path) -> None:
                    textcoords="offset points", rotation=90, va="top", ha="right", fontsize=8)  # fmt: skip
         b.set(title="The map so far, with 95% intervals", xlabel="rollouts a prompt (mean)")
         b.set(ylabel="knapsack minus uniform at the end", xlim=(2.4, 20))
-        b.set_ylim(-0.36, 0.26)  # room for the legend; the widest interval leaves the picture
+        b.set_ylim(-0.36, 0.26)  # room for the legend
         b.set_xscale("log", base=2)
         b.set_xticks([3, 4, 6, 8, 16], labels=["3", "4", "6", "8", "16"])
         b.legend(fontsize=7)
