@@ -19,7 +19,6 @@ are judged again.
 import argparse
 import contextlib
 import hashlib
-import importlib
 import importlib.metadata
 import itertools
 import json
@@ -201,7 +200,7 @@ def prepare(args) -> tuple[list[Task], list[dict], dict]:
         full = f"after a prompt of {longest} tokens its context has room for {room}"
         enough = room >= (args.max_new_tokens or 1)
         need(enough, f"--model {name}: {full}: lower --max-new-tokens or shorten the prompts")
-        limit, weights = min(limit, room), weights_of(path, config)
+        limit, weights = min(limit, room), model_hash(path, config)
         # A row is what is recorded of a question. Its completions come later.
         rows = [{"model": name, "weights": weights, "id": t.id, "answer": t.answer} for t in tasks]
         for row, task in zip(rows, tasks, strict=True):
@@ -232,8 +231,8 @@ def judge_hash(spec: str | None, instruction: str) -> str:
     return short_hash(kind, *(path.read_text(errors="replace") for path in modules if path.is_file()))
 
 
-# Which model it is: a hash of its files, or the hub's id and commit.
-def weights_of(path: str, config) -> str:
+# Which model it is: a hash of its files, or the hub's id and commit. (Files call it "weights".)
+def model_hash(path: str, config) -> str:
     if not Path(path).is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
     # Names lie: RUN/final is written anew by the next run there. And config.json or other end tokens make
@@ -404,7 +403,9 @@ def main(argv=None) -> None:
         # What else would be needed to make the same numbers again.
         versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "math-verify")}
         if settings["engine"] == "vllm":
-            versions["vllm"] = importlib.import_module("vllm").__version__
+            import vllm
+
+            versions["vllm"] = vllm.__version__
         whole = {"command": command, "settings": settings, "versions": versions, "results": found}
         replace_file(args.out, lambda part: part.write_text(json.dumps(whole, indent=2) + "\n"))
 

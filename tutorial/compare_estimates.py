@@ -6,13 +6,13 @@ A run's groups.jsonl says, step by step, which prompts were visited and how many
 rollouts were right. Before each visit an estimator states its Beta posterior; its score is the
 log-probability that it gave to what then came, in nats a rollout, over prompts seen before. That
 is a proper score: nobody does better on average than with the true distribution. Each is compared
-with the default, step by step; ± is the standard error of the mean difference over steps. (It takes the
-steps for independent. Neighbouring ones are alike, so the true one is larger.)
+with the default, step by step; ± is the standard error of the mean difference over steps, taken as
+independent, which they need not be.
 
 The recorded runs of results/ are always replayed. TRACES.jsonl holds one prompt a row, {"rates":
 [success rate at each visit], "trials_per_visit": 8}, as of a real run of Qwen2.5-Math-1.5B. The
 table goes to results/estimates.json, where other records stay as they are. (long-uniform there is
-where_it_pays.py's uniform on the long sums, seed 0: its groups.jsonl, copied under that name.)
+a run of where_it_pays.py, uniform with 203 rollouts a step, whose groups.jsonl was not kept.)
 """
 
 import argparse
