@@ -501,13 +501,13 @@ def vllm_build() -> str | None:
 
 def choose_engine(wanted: str) -> tuple[str, str]:
     """'auto', 'vllm' or 'hf' -> (engine, why). ValueError if vLLM cannot run as asked."""
-    build, gpu = vllm_build(), device() == "cuda"
-    if wanted == "auto" and build == "gpu" and gpu:
+    build, here = vllm_build(), "gpu" if device() == "cuda" else "cpu"
+    if wanted == "auto" and build == here == "gpu":
         return "vllm", "it is installed and there is a GPU"
     if wanted == "auto":
-        return "hf", "vLLM is not installed" if gpu or not build else "there is no GPU for vLLM"
+        return "hf", "there is no vLLM for the GPU" if here == "gpu" else "there is no GPU for vLLM"
     if wanted == "vllm" and not build:
         raise ValueError("--engine vllm: `pip install vllm==0.32.0` first, or --engine hf")
-    if wanted == "vllm" and build == "gpu" and not gpu:
-        raise ValueError("--engine vllm: it needs a GPU and there is none; use --engine hf")
+    if wanted == "vllm" and build != here:
+        raise ValueError(f"--engine vllm: its {build} build does not run on this {here}; use --engine hf")
     return wanted, "as asked"

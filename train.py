@@ -81,7 +81,7 @@ class Config:
     trust_remote_code: bool = setting(False, False, "run code that comes with the model")
     # Who gets how many rollouts. The paper: 256 prompts, 8 a prompt on average, 2 to 128.
     allocator: str = setting("knapsack", "knapsack", f"who decides the counts: {', '.join(ALLOCATORS)}")
-    steps: int = setting(100, 200, "training steps")
+    steps: int = setting(100, 200, "training steps", high=999_999)
     prompts: int = setting(64, 64, "prompts a step (M)")
     budget: int = setting(512, 512, "rollouts a step, all prompts together (B)")
     n_min: int = setting(2, 2, "fewest rollouts of a prompt")
@@ -444,7 +444,8 @@ def checksums(folder: Path) -> str:
     lines = []
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and name != "SHA256SUMS" and not name.startswith("."):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and name != "SHA256SUMS" and not hidden:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{digest}  {name}\n")
@@ -469,6 +470,9 @@ def written_aside(folder: Path):
             raise OSError(str(error)) from error
         raise
 
+
+# The name of a whole checkpoint. (A copy that somebody made has another.)
+STEP = "step-" + 6 * "[0-9]"
 
 # In a folder of its own: vLLM takes every *.safetensors beside a model's for weights.
 MOMENTS = "optimizer/moments.safetensors"
@@ -500,7 +504,7 @@ def save_checkpoint(run: Run) -> None:
         state["config"] = asdict(run.config)
         (part / "state.json").write_text(json.dumps(state, default=float))  # AdamW8bit's rate is a tensor
     # Only now do older ones go: all but the last two and the best.
-    steps = sorted(folder.glob("step-??????"))  # whole ones have no suffix
+    steps = sorted(folder.glob(STEP))
     broken = {path for path in folder.iterdir() if path.suffix in (".part", ".damaged")}
     for old in {*steps[:-2], *broken} - {folder / f"step-{best:06d}"}:
         shutil.rmtree(old)
@@ -510,13 +514,13 @@ def save_checkpoint(run: Run) -> None:
 # was not written to its end is named, and put aside until the next one is saved.
 def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
     found, broken, rows = None, [], out / "metrics.jsonl"
-    for path in sorted((out / "checkpoint").glob("step-[0-9]*"), reverse=True):
+    parts = (out / "checkpoint").glob(STEP + ".part")
+    for path in sorted([*(out / "checkpoint").glob(STEP), *parts], reverse=True):
         sums = path / "SHA256SUMS"
-        if path.suffix == "" and sums.is_file() and sums.read_bytes() == checksums(path).encode():
+        if not path.suffix and sums.is_file() and sums.read_bytes() == checksums(path).encode():
             found = path
             break
-        if path.suffix in ("", ".part"):
-            broken.append(path)
+        broken.append(path)
     begun = rows.is_file() and rows.stat().st_size
     need(found or not begun, f"{out} has rows, but no whole checkpoint: it is left as it is; start a new run")
     for path in broken:

@@ -438,10 +438,23 @@ def test_a_sequential_rule_in_the_loop(restored, main, tmp_path):
     assert len(seen.rollouts) and len(advantages[0]) == metrics[0]["budget"]
 
 
+@pytest.mark.parametrize("name", [name for name in neighbours.RULES if name != "uniform"])
+def test_a_rule_is_in_its_place(name, restored):
+    """Catches: one that plug forgets, so that its run is uniform under another name."""
+    parts = grpo.group_advantages, grpo.update, grpo.clipped_loss
+    neighbours.plug(name)
+    exchanged = parts != (grpo.group_advantages, grpo.update, grpo.clipped_loss)
+    tracker, ids = knapsack.SuccessTracker(), list("abcd")
+    tracker.update(ids, [1, 3, 7, 5], [8] * 4)
+    if not exchanged and name not in neighbours.DRAWS:
+        counts = train.ALLOCATORS[name](tracker, ids, train.Config(prompts=4, budget=32))
+        assert len(set(counts)) > 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*neighbours.RULES, "neyman+spo"])
 def test_rules_run(name, restored, main, tmp_path):
-    """Catches: a rule that no longer fits train.py, that spends too much, or that changes nothing."""
+    """Catches: a rule that no longer fits train.py, or that spends too much."""
     _, advantages, groups, metrics = two_steps(name, main, tmp_path / "run")
     for g, row in zip(groups, metrics, strict=True):
         counts = np.array(g["counts"])

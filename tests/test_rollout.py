@@ -376,7 +376,8 @@ def test_a_loaded_model_can_be_saved(tmp_path, settings, ends):
         ("gpu", True, "hf", "hf"),
         ("cpu", False, "vllm", "vllm"),
         (None, True, "vllm", "pip install vllm"),
-        ("gpu", False, "vllm", "needs a GPU and"),
+        ("gpu", False, "vllm", "gpu build does not run on this cpu"),
+        ("cpu", True, "vllm", "cpu build does not run on this gpu"),
     ],
 )
 def test_the_choice_of_the_engine(monkeypatch, build, gpu, wanted, engine):
