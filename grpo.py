@@ -243,7 +243,7 @@ def check_logprobs(model, temperature: float = 1.0) -> float:
     cuts = [(8, 16), (4, 16), (4, 7)]  # the prompt's end, the response's end
     cut = [SimpleNamespace(prompt_ids=row[:p], response_ids=row[p:e]) for p, e in cuts]
     weight, gaps, good = next(model.parameters()), [], False
-    temperature = min(temperature, 1.0)  # a high one would hide what is scaled
+    temperature = min(temperature, 1.0)  # a high one leaves only rounding
     awake = [m for m in model.modules() if m.training]
     model.eval()  # no dropout here
     try:

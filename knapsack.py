@@ -223,6 +223,7 @@ def solve_dp(values, capacity: int, costs=None, spend_all=False) -> np.ndarray:
     more rollouts do."""
     values = np.asarray(values, float)
     _need(values < np.inf, "values: pass finite ones, or -inf to forbid")
+    _need(capacity >= 0, f"capacity = {capacity}: pass a whole number >= 0")
     m, k = values.shape
     costs = np.broadcast_to(np.arange(k) if costs is None else costs, (m, k))
     _need((costs >= 0) & (costs % 1 == 0), "costs: pass whole numbers >= 0")
@@ -250,6 +251,7 @@ def solve_dp_torch(values, capacity: int):
     import torch  # the rest does without it
 
     _need(bool((values < torch.inf).all()), "values: pass finite ones, or -inf to forbid")
+    _need(capacity >= 0, f"capacity = {capacity}: pass a whole number >= 0")
     wall = values.new_full((values.shape[1] - 1,), -torch.inf)
     best, choice = values.new_zeros(capacity + 1), []
     for row in values:
@@ -353,7 +355,8 @@ def _table(value, p, n, points=32):
     matrix = (up + down)[..., None] * np.eye(points)  # (M, points, points)
     matrix += off[..., None] * np.eye(points, k=-1)  # eigh reads the lower half
     nodes, vectors = np.linalg.eigh(matrix)
-    nodes, weights = nodes.clip(0, 1)[..., None], vectors[:, 0, :, None] ** 2
+    # A weight of 0 would make NaN of -inf.
+    nodes, weights = nodes.clip(0, 1)[..., None], vectors[:, 0, :, None] ** 2 + 1e-300
     return sum(weights[:, j] * value(n, nodes[:, j]) for j in k) + np.zeros(len(n))
 
 
@@ -389,17 +392,13 @@ def uniform(m: int, budget: int) -> np.ndarray:
 
 def allocate_saving(posterior, budget: int, n_min=2, mixed=0.3) -> np.ndarray:
     """Uniform's counts (M,), but n_min where a group is mixed with a probability below
-    `mixed`: fewer rollouts than the budget. P(mixed) = 1 - E[p^n] - E[q^n].
+    `mixed`: fewer rollouts than the budget. P(mixed) is averaged over the posterior.
 
     posterior: (alpha, beta), (M,) each."""
-    alpha, beta = (np.asarray(x, float) for x in posterior)
-    even = uniform(len(alpha), budget)  # (M,)
-    right = wrong = np.ones(len(alpha))  # E[p^n] and E[q^n], factor by factor
-    for k in range(even.max(initial=0)):
-        more = k < even
-        right = np.where(more, right * (alpha + k) / (alpha + beta + k), right)
-        wrong = np.where(more, wrong * (beta + k) / (alpha + beta + k), wrong)
-    return np.where(1 - right - wrong < mixed, np.minimum(n_min, even), even)
+    even = uniform(len(posterior[0]), budget)  # (M,), of two values at most
+    n, which = np.unique(even, return_inverse=True)
+    p_mixed = _table(prob_nonzero_gradient, tuple(posterior), n)[np.arange(len(even)), which]
+    return np.where(p_mixed < mixed, np.minimum(n_min, even), even)
 
 
 def shadow_price(p, counts, n_max: int = 128) -> float:

@@ -221,8 +221,9 @@ def _task(row: object, default_id: str, where: str, answers: bool, notes: set) -
 def split_held_out(tasks: list[Task], n_held_out: int, seed: int = 0):
     """(train, held out), both in the order given; a hash of a prompt decides its side.
 
-    Prompts that differ only in case, spacing or punctuation stay together; where such a
-    group does not fit, a few less are held out.
+    Prompts that differ only in case, spacing or punctuation stay together. A few less are
+    held out where the last such group does not fit: what a smaller n_held_out holds out,
+    a larger one does, too.
     """
     if not 0 <= n_held_out < len(tasks):
         raise ValueError(f"cannot hold out {n_held_out} of {len(tasks)}: hold out fewer")
@@ -232,9 +233,11 @@ def split_held_out(tasks: list[Task], n_held_out: int, seed: int = 0):
     sizes, held, room = Counter(texts), set(), n_held_out
     # Hashes, not positions, so that neither order nor ids decide.
     for text in sorted(hashes, key=hashes.get):
-        if sizes[text] <= room:
-            held.add(text)
-            room -= sizes[text]
+        if (room := room - sizes[text]) < 0:
+            break
+        held.add(text)
+    if n_held_out and not held:
+        raise ValueError(f"cannot hold out {n_held_out}: too many prompts are alike; hold out more")
     pairs = list(zip(tasks, texts, strict=True))
     return tuple([t for t, text in pairs if (text in held) == side] for side in (0, 1))
 
@@ -347,6 +350,13 @@ REWRITES = {
 }
 
 
+# A letter, after whose mark the choice's text may stand: \textbf{(B)} Paris. Not "all but B", -B or B + 1.
+CHOICE = (
+    r"(?:\\(?:text|math)[a-z]*)?[\s{(*]*(?:(?i:option|choice)[\s:{(*]*)?"
+    r"[A-J](?:[\s}*]*(?:[).:}](?s:.*))?)"
+)
+
+
 @functools.lru_cache(maxsize=1000)  # each rollout of a prompt has the same gold answer
 def _tidy(text: str) -> str:
     """An answer as math-verify should see it."""
@@ -363,18 +373,21 @@ def _tidy(text: str) -> str:
 
 def _decide(given: str, alone: bool, gold: str) -> bool | None:
     """The verdict where no algebra is needed; None where it takes math-verify."""
-    # math-verify would multiply the letters of words.
-    word = len(gold) > 2 and gold.replace(" ", "").isalpha()
-    same = given in (gold, gold.removesuffix(r"\%"))  # a percent sign may be left out
-    if same or (word and given.casefold() == gold.casefold()):
+    if given in (gold, gold.removesuffix(r"\%")):  # a percent sign may be left out
         return True
+    # math-verify would multiply the letters of words: "seat" is not "east", cab is abc.
+    one, other = (text.replace(" ", "").casefold() for text in (given, gold))
+    if len(other) > 2 and other.isalpha() and one.isalpha():
+        if one == other or len(other) > 3 or gold.isupper():
+            return one == other
     if not given or (alone and len(given) > MAX_ANSWER):
         return False  # nothing, or too much to be an answer
     # A choice must be the only one named: "B or C" is neither.
     if letter := re.fullmatch(r"(?:\\(?:text|math)[a-z]*)?[\s{(*]*([A-J])[\s}):.*]*", gold):
         named = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z^_])", given)
         alone = alone or re.match(r"\W*[A-J][).:]", given)  # (B) Paris
-        return bool(alone) and (set(named) == {letter[1]} or given == letter[1].lower())
+        one = set(named) == {letter[1]} and re.fullmatch(CHOICE, given)
+        return bool(alone and (one or given == letter[1].lower()))
     if all(re.fullmatch("-?[0-9]+", text) for text in (given, gold)):
         return int(given) == int(gold)  # most answers
     # math-verify ignores the base of 43_5, and whether a pair is a set or a tuple.

@@ -649,7 +649,7 @@ def prepare(c: Config) -> tuple[list, list]:
     train_tasks, held_out = reward.split_held_out(tasks, n_held_out, seed=0)
     chosen = np.random.default_rng(0).permutation(len(train_tasks))[: c.limit or None]
     limited = f" (--limit {c.limit})" if len(chosen) < len(train_tasks) else ""
-    print(f"{len(tasks):,} tasks: {len(chosen):,} to train on{limited}, {n_held_out} held out")
+    print(f"{len(tasks):,} tasks: {len(chosen):,} to train on{limited}, {len(held_out)} held out")
     return [train_tasks[i] for i in sorted(chosen)], held_out  # sorted: the file's order
 
 

@@ -275,12 +275,16 @@ C ~ D ~ (A) ~ 42 ~ A) C
 -A ~ A
 \sqrt{A} ~ A
 \text{(C)} ~ B
-Evelyn ~ \text{Navin}
-\text{even} ~ \text{odd}
-east ~ west
+Evelyn ~ \text{Navin} ~ nylEve
+\text{even} ~ \text{odd} ~ neve
+east ~ west ~ seat
+no solution ~ solution no
+DCBA ~ ABCD
+CBA ~ ABC
 43_5 ~ 44_5
 # a choice must be the only one named
 B ~ B or C ~ A, B ~ B) C) D) ~ A. or B. ~ ABC ~ B (C) ~ C, not B
+B ~ not B ~ \neg B ~ \text{not }B ~ -B ~ 2B ~ \sqrt{B} ~ B+1 ~ All but B ~ B \text{ is wrong}
 # a number inside a formula that math-verify cannot read does not decide
 2 ~ \neq 2 ~ 5 \to 2 ~ 2 \lor 5 ~ 5 \Rightarrow 2 ~ \{x|-5\le x<2\} ~ 2 \text{ or another} ~ print('2')
 2.9 ~ \langle 2,9\rangle

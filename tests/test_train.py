@@ -370,4 +370,4 @@ def test_what_the_update_is_told(main, tmp_path, monkeypatch):
     assert main(*flags.split(), *more.split(), "--out", tmp_path / "run")[0] == 0
     rest = dict(tokens_per_microbatch=300, checkpointing=True, clip_low=0.1, clip_high=0.4)
     assert told == [(lr, 3, 0.9, rest | {"seed": i}) for i, lr in enumerate((5e-4, 1e-3, 1e-3), 1)]
-    assert order == ["sleep", "update", "sync"] * 3
+    assert order == ["sync", *["sleep", "update", "sync"] * 3]  # the first: what the run begins with
