@@ -187,19 +187,22 @@ def test_continues_where_it_stopped(tmp_path, monkeypatch):
     assert run(out, "--limit", "70") == whole
     assert record.read_bytes() == b"".join(lines)
     assert sampled == [32, 6]
-    # All there: no model is loaded; and more problems go on from those.
+    # More problems go on from those. All there: no model is loaded.
+    assert run(out, "--limit", "75")["results"][0]["problems"] == 75 and sampled == [32, 6, 11]
     monkeypatch.setattr(evaluate, "open_sampler", None)
-    assert run(out, "--limit", "70") == whole
+    assert run(out, "--limit", "70")["results"] == whole["results"]
     assert run(out, "--limit", "30")["results"][0]["problems"] == 30
 
 
-def test_several_models(tmp_path, noisy):
+def test_several_models(tmp_path, noisy, capsys):
     """Each has its scores, a later one its paired difference from the first; one call or two."""
     rows = [{"prompt": f"{i % 9 + 1}+{i // 9 + 1}=", "answer": str(i % 9 + i // 9 + 2)} for i in range(40)]
     sums = tmp_path / "sums.jsonl"
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--tasks", str(sums)]
     first, second = run(tmp_path / "both.json", "--model", "tiny", str(noisy), *flags)["results"]
+    d = second["minus_first"]["avg@4"]
+    assert f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" in capsys.readouterr().out
     assert (first["model"], second["model"]) == ("tiny", str(noisy)) and "minus_first" not in first
     for name, d in second["minus_first"].items():
         assert d["mean"] == pytest.approx(second["scores"][name]["mean"] - first["scores"][name]["mean"])
@@ -248,22 +251,44 @@ def test_who_judges_where_a_box_is_asked_for():
     assert judge.score_many(["5", r"\boxed{5}"], ["5", "5"]).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("more, want", [([], 0.0), (["--lenient"], 1.0)])
-def test_where_a_box_is_asked_for_only_a_box_counts(tmp_path, monkeypatch, more, want):
-    """Catches: a benchmark scored leniently without being asked to."""
+class Sayer:
+    """A sampler that gives each problem these four texts, the last of them cut by the length limit."""
 
-    class Bare:
-        def sample(self, prompts, counts, seed):
-            asked = np.repeat(np.arange(len(prompts)), counts)
-            return [Rollout(int(i), tuple(prompts[i]), (1,), (0.0,), answer) for i in asked]
+    def __init__(self, *texts):
+        self.texts = texts
 
-        def close(self): ...
+    def sample(self, prompts, counts, seed):
+        assert seed == 7
+        return [
+            Rollout(i, tuple(p), (1,), (0.0,), t, t is not self.texts[-1])
+            for i, p in enumerate(prompts)
+            for t in self.texts
+        ]
 
-    answer = evaluate.reward.load_tasks("arithmetic")[0].answer
-    monkeypatch.setattr(evaluate, "open_sampler", lambda *_: Bare())
-    monkeypatch.setattr(rollout, "encode_tasks", lambda _, tasks, *__: {t.id: [6] for t in tasks})
-    (r,) = run(tmp_path / "a.json", "--limit", "1", "--instruction", evaluate.BOXED, *more)["results"]
-    assert r["scores"]["avg@4"]["mean"] == want
+    def close(self): ...
+
+
+def test_where_a_box_is_asked_for_only_a_box_counts(tmp_path, monkeypatch):
+    """Catches: a benchmark scored leniently without being asked to; verdicts of before that are believed;
+    flags that do not arrive."""
+    answer, asked, opened = evaluate.reward.load_tasks("arithmetic")[0].answer, [], []
+    flags = ("--instruction", evaluate.BOXED, "--chat", "--limit", "1", "--seed", "7")
+    flags += ("--chat-template-kwargs", '{"enable_thinking": false}')
+
+    def encode(_, tasks, *how):
+        asked.append(how)
+        return {t.id: [6] for t in tasks}
+
+    monkeypatch.setattr(
+        evaluate, "open_sampler", lambda *a: opened.append(a[1]) or Sayer(answer, answer, answer, "")
+    )
+    monkeypatch.setattr(rollout, "encode_tasks", encode)
+    for more, want in ([], 0.0), (["--lenient"], 0.75), ([], 0.0):
+        (r,) = run(tmp_path / "a.json", *flags, *more)["results"]
+        assert r["scores"]["avg@4"]["mean"] == want and r["scores"]["truncated"]["mean"] == 0.25
+    assert asked == [(evaluate.BOXED, True, {"enable_thinking": False})] * 3
+    (settings,) = opened  # asked once
+    assert settings["temperature"] == 1 and settings["max_new_tokens"] == 40
 
 
 def test_changed_weights_are_sampled_anew(tmp_path, noisy):
@@ -285,23 +310,16 @@ def test_changed_weights_are_sampled_anew(tmp_path, noisy):
 
 def test_no_verdict_is_reported(tmp_path, monkeypatch, capsys):
     """Catches: a time-out that looks like a wrong answer."""
-
-    class Stub:
-        def sample(self, prompts, counts, seed):
-            texts = [r"\boxed{9^{9^{9^9}}}", "49", "50", ""]
-            return [Rollout(i, tuple(p), (1,), (0.0,), t) for i, p in enumerate(prompts) for t in texts]
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(evaluate, "open_sampler", lambda *_: Stub())
+    stub = Sayer(r"\boxed{9^{9^{9^9}}}", "49", "50", "")
+    monkeypatch.setattr(evaluate, "open_sampler", lambda *_: stub)
     monkeypatch.setattr(evaluate, "judge_of", lambda *_: Verifier(1, timeout=1))
-    (result,) = run(tmp_path / "a.json", "--limit", "1")["results"]
+    (result,) = run(tmp_path / "a.json", "--limit", "1", "--seed", "7")["results"]
     assert result["no_verdict"] == 1 and result["scores"]["avg@4"]["mean"] == 0.25
     assert re.search(r"^no verdict +1$", capsys.readouterr().out, re.M)
     row = json.loads((tmp_path / "a.completions.jsonl").read_text().splitlines()[1])
     assert [c["right"] for c in row["completions"]] == [None, False, True, False]
-    assert run(tmp_path / "a.json", "--limit", "1")["results"] == [result]  # and still so when read back
+    # And still so when it is read back.
+    assert run(tmp_path / "a.json", "--limit", "1", "--seed", "7")["results"] == [result]
 
 
 FAULTS = {

@@ -418,7 +418,7 @@ def example(seed=5, **settings):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_update_is_the_plain_gradient_over_all_rollouts(model, temperature):
+def test_update_is_the_plain_gradient_over_all_rollouts(model, temperature, monkeypatch):
     """Catches: a denominator that forgets silent rollouts, or counts rows or microbatches, not tokens; a
     temperature that does not arrive."""
     rollouts, advantages = example()
@@ -429,7 +429,12 @@ def test_update_is_the_plain_gradient_over_all_rollouts(model, temperature):
         weight = (logp.detach() - torch.tensor(r.logprobs)).exp().clamp(max=2.0)
         loss = loss - (weight * a * (logp - logp.detach()).exp()).sum() / total
     want = torch.autograd.grad(loss, list(model.parameters()))
+    grpo.check_logprobs(model)
+    passes = Mock(wraps=grpo._shared_pass)
+    monkeypatch.setattr(grpo, "_shared_pass", passes)
     got, stats = step_taken(model, rollouts, advantages, temperature=temperature)
+    grpo.token_logprobs(model, rollouts, share_prompts=False)
+    assert passes.call_count == 2  # the copied model's check, and its update
     for a, b in zip(got, want, strict=True):
         assert torch.allclose(a, b, atol=1e-7)  # logprobs and advantages travel as float32
     assert stats["loss"] == pytest.approx(float(loss.detach()), abs=1e-6)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -530,7 +531,6 @@ def hostile_pool(tmp_path_factory):
     try:
         with Verifier(workers=2, timeout=1) as verifier:
             yield verifier, folder
-            assert verifier.timeouts > 5  # they were hostile
             assert verifier.score_many([r"\boxed{x+3}"], ["3+x"])[0] == 1.0  # and it survived them
     finally:
         os.chdir(before)
@@ -845,6 +845,9 @@ def test_an_array_in_a_jsonl(tmp_path):
 def test_csv(tmp_path):
     (tmp_path / "sums.CSV").write_text('prompt,answer,level\n"1+1?\nSay, please.",007,3\r\n')
     assert load_tasks(tmp_path / "sums.CSV") == [Task("sums-1", "1+1?\nSay, please.", "007", {"level": "3"})]
+    excel = "\ufeffprompt,answer\n1+1?,2\n".encode()  # it writes a mark first
+    (tmp_path / "excel.csv.gz").write_bytes(gzip.compress(excel))
+    assert load_tasks(tmp_path / "excel.csv.gz") == [Task("excel-1", "1+1?", "2")]
     (tmp_path / "one.csv").write_text("prompt,answer\nHalf\u2028of 2?,1\n")  # no quotes around the first
     assert load_tasks(tmp_path / "one.csv") == [Task("one-1", "Half\u2028of 2?", "1")]
 
@@ -958,9 +961,12 @@ def test_hub_names(hub, name):
         tasks = load_tasks(name)
     found = [(t.id, t.prompt, t.answer, t.extra["level"]) for t in tasks]
     assert found == [(f"{name}-1", "q", gold, 3), (f"{name}-2", "q2", gold, 5)]
-    assert hub.asked == reward.HUB[name]
+    hub_id, configuration, split = hub.asked
+    assert configuration == {"gsm8k": "main", "dapo17k": "all"}.get(name)
+    letters = name.replace("17k", "")[:4].removesuffix("23").removesuffix("24").removesuffix("25")
+    assert letters in hub_id.lower()  # what no test can know is whether the hub has it
     trained_on = name in ("gsm8k", "math", "dapo17k", "aime24")  # (AIME 2024 has no other split)
-    assert reward.HUB[name][2] == ("train" if trained_on else "test")
+    assert split == ("train" if trained_on else "test")
 
 
 def test_hub_faults_are_one_line(hub):
@@ -974,7 +980,7 @@ def test_hub_faults_are_one_line(hub):
 
 def test_split_never_leaks():
     tasks = [Task(f"{i}-{j}", text, "1") for i in range(200) for j, text in enumerate(
-        [f"What is {i} plus {i}?", f"  what is {i}\nPLUS {i} "])]  # fmt: skip
+        [f"What is {i} plus {i}?", f"  what is {i}\nＰＬＵＳ {i} "])]  # fmt: skip
     train, held_out = split_held_out(tasks, 100)
     assert len(held_out) == 100 and sorted([*train, *held_out], key=tasks.index) == tasks
     assert not {t.id.split("-")[0] for t in train} & {t.id.split("-")[0] for t in held_out}
@@ -984,6 +990,13 @@ def test_split_never_leaks():
     renamed = [Task(str(i), t.prompt, "2") for i, t in enumerate(tasks)]
     assert [t.prompt for t in split_held_out(renamed, 100)[1]] == [t.prompt for t in held_out]
     assert split_held_out(tasks, 100, seed=1)[1] != held_out
+    # An odd number: one less. And a smaller one holds out a part of it, whatever the groups' sizes.
+    assert split_held_out(tasks, 101)[1] == held_out
+    mixed = tasks[:300] + [Task(f"{i}", f"{i % 7} of them", "1") for i in range(60)]
+    parts = [set(split_held_out(mixed, n)[1]) for n in range(10, 200)]
+    assert all(a <= b and len(b) <= n for n, (a, b) in enumerate(pairwise(parts), 11))
+    with pytest.raises(ValueError, match="cannot hold out 1: too many prompts are alike"):
+        split_held_out(tasks, 1)
 
 
 def test_split_bounds():
