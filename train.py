@@ -594,12 +594,8 @@ def parse_args(argv=None) -> tuple[dict, argparse.Namespace]:
         add(flag(f.name), type=READ.get(f.name, type(tiny)), default=argparse.SUPPRESS, help=text)
     path = evaluate.file_path
     add("--out", type=path, help="run folder [runs/MODEL-ALLOCATOR-seedSEED]")
-    add(
-        "--resume",
-        type=path,
-        metavar="DIR",
-        help="go on with that run: more --steps, less memory, moved --tasks",
-    )
+    goes_on = "go on with that run: more --steps, less memory, moved --tasks"
+    add("--resume", type=path, metavar="DIR", help=goes_on)
     add("--compare", type=path, nargs="+", metavar="RUN", help="draw runs on one picture, --out PNG")
     args = parser.parse_args(argv)
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}, args

@@ -99,13 +99,12 @@ class NoOptimizer:
     def step(self): ...
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shape", [{}, {"vocab_size": 8192}, {"num_hidden_layers": 8}])
-def test_the_peak_of_an_update(family, checkpointing, shape, monkeypatch):
+def test_the_peak_of_an_update(checkpointing, shape, monkeypatch):
     """Two microbatches of a whole grpo.update in bfloat16: what is said is neither a tenth less than what
     lives at once nor half as much again. Catches: a part that was forgotten or counted twice."""
-    config, model = made(family, tie_word_embeddings=True, **shape)
+    config, model = made("qwen2", tie_word_embeddings=True, **shape)
     rng, V, T = np.random.default_rng(0), config.vocab_size, 56
     ids = [tuple(rng.integers(V, size=n).tolist()) for _ in range(16) for n in (8, T)]
     batch = [Rollout(i // 8, ids[2 * i], ids[2 * i + 1], (-5.0,) * T, "") for i in range(16)]

@@ -445,9 +445,9 @@ def test_a_rule_is_in_its_place(name, restored):
     neighbours.plug(name)
     exchanged = parts != (grpo.group_advantages, grpo.update, grpo.clipped_loss)
     tracker, ids = knapsack.SuccessTracker(), list("abcd")
-    tracker.update(ids, [1, 3, 7, 5], [8] * 4)
+    tracker.update(ids, [1, 16, 30, 8], [32] * 4)
     if not exchanged and name not in neighbours.DRAWS:
-        counts = train.ALLOCATORS[name](tracker, ids, train.Config(prompts=4, budget=32))
+        counts = train.ALLOCATORS[name](tracker, ids, train.Config(prompts=4, budget=64))
         assert len(set(counts)) > 1
 
 

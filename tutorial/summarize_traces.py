@@ -32,19 +32,12 @@ GRID = {"discount": [0, 0.25, 0.5, 0.75, 0.9, 1], "prior_strength": [0.05, 0.25,
 def predictions(tracker, ids, n: int) -> dict:
     """{estimator: (p, P(mixed group of n))}, each (M,)."""
     window, last = tracker.windowed_rate(ids), tracker.windowed_rate(ids, n)
-    alpha, beta = tracker.posterior(ids)
+    mixed = knapsack._table(knapsack.prob_nonzero_gradient, tracker.posterior(ids), np.array([n]))[:, 0]
     return {
-        "posterior": (tracker.estimate(ids), 1 - silent(n, alpha, beta)),
+        "posterior": (tracker.estimate(ids), mixed),
         "window of 16": (window, knapsack.prob_nonzero_gradient(n, window)),
         "last visit": (last, knapsack.prob_nonzero_gradient(n, last)),
     }
-
-
-def silent(n: int, alpha, beta) -> np.ndarray:
-    """E[p^n + (1-p)^n] for p ~ Beta(alpha, beta), by rising factorials."""
-    k = np.arange(n)[:, None]
-    both = alpha + beta + k
-    return ((alpha + k) / both).prod(0) + ((beta + k) / both).prod(0)
 
 
 def table(p, mixed, rate, was_mixed) -> list[list[float]]:

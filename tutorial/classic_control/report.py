@@ -57,11 +57,8 @@ def best_rate(rows: list[dict], rule: str) -> float:
 
 def final_runs(rows: list[dict], rule: str) -> list[dict]:
     """The runs of the comparison, by seed."""
-    return sorted((r for r in rows if r["rule"] == rule and r["seed"] not in TUNING_SEEDS), key=_seed)
-
-
-def _seed(row):
-    return row["seed"]
+    found = (r for r in rows if r["rule"] == rule and r["seed"] not in TUNING_SEEDS)
+    return sorted(found, key=lambda r: r["seed"])
 
 
 # ---- 2. Measures ----
