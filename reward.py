@@ -375,7 +375,7 @@ def _decide(given: str, alone: bool, gold: str) -> bool | None:
     """The verdict where no algebra is needed; None where it takes math-verify."""
     if given in (gold, gold.removesuffix(r"\%")):  # a percent sign may be left out
         return True
-    # math-verify would multiply the letters of words: "seat" is not "east", cab is abc.
+    # math-verify would multiply the letters of words. Of "cab" and "abc" that is right.
     one, other = (text.replace(" ", "").casefold() for text in (given, gold))
     if len(other) > 2 and other.isalpha() and one.isalpha():
         if one == other or len(other) > 3 or gold.isupper():

@@ -217,7 +217,7 @@ def test_a_reward_of_ones_own_scores_here_too(tmp_path, monkeypatch):
     """Catches: a graded reward counted as it is, or cut to whole numbers."""
     (tmp_path / "mine.py").write_text(
         "def half(tasks, texts):\n    assert texts  # never an empty batch\n"
-        "    return [.6 if t < '5' else .4 for t in texts]\n"
+        "    return [.6 if t < '5' else .5 for t in texts]\n"
     )
     flags = ["--limit", "20", "--reward", f"{tmp_path / 'mine.py'}:half"]
     (result,) = run(tmp_path / "a.json", *flags)["results"]

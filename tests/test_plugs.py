@@ -59,7 +59,7 @@ def test_a_logger(main, tmp_path, monkeypatch):
 
 REWARDS = """
 def graded(tasks, texts):
-    return [0.9 if task.extra["want"] in text else 0.2 for task, text in zip(tasks, texts)]
+    return [0.9 if task.extra["want"] in text else 0.5 for task, text in zip(tasks, texts)]
 
 def nothing(tasks, texts):
     return [float("nan") for _ in texts]
@@ -73,7 +73,8 @@ def broken(tasks, texts):
 def mine(tmp_path):
     """(a file of rewards, flags of a run whose tasks have another column)"""
     (tmp_path / "mine.py").write_text(REWARDS)
-    sums = [{"prompt": f"{a}+{b}=", "want": "1"} for a in range(1, 9) for b in range(1, 9)]  # no answers
+    # No answers, and another digit for each.
+    sums = [{"prompt": f"{a}+{b}=", "want": str(a)} for a in range(1, 9) for b in range(1, 9)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     return f"{tmp_path / 'mine.py'}:", [*SMALL, "--tasks", tmp_path / "sums.jsonl", "--out", tmp_path / "run"]
 
@@ -84,10 +85,10 @@ def test_a_reward(main, mine, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "group_advantages", lambda r, g: seen.update(r) or real(r, g))
     file, flags = mine
     code, said = main(*flags, "--reward", file + "graded")
-    assert code == 0 and seen == {0.2, 0.9}, said
+    assert code == 0 and seen == {0.5, 0.9}, said
     for m, g in zip(rows(tmp_path / "run", "metrics")[1:], rows(tmp_path / "run", "groups"), strict=True):
         n, s = np.array(g["counts"]), np.array(g["successes"])
-        assert m["reward_mean"] == pytest.approx(np.mean(0.2 + 0.7 * s / n))
+        assert m["reward_mean"] == pytest.approx(np.mean(0.5 + 0.4 * s / n))
         assert m["effective_prompts"] == np.mean((s > 0) & (s < n))
         assert m["loss"] is not None or not m["effective_prompts"]
 

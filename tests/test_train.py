@@ -340,6 +340,13 @@ def test_the_same_tasks_for_every_seed(tmp_path):
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}=", "answer": f"{i}"}) + "\n" for i in range(1500)))
     assert len(module.prepare(module.settings({"tasks": str(path)}))[1]) == 256
+    path.write_text("".join(path.read_text().splitlines(True)[:100]))
+    assert len(module.prepare(module.settings({"tasks": str(path), "prompts": 4}))[1]) == 20
+
+
+def test_the_instruction_is_asked(main):
+    _, said = main("--instruction", "2+2=", "--max-prompt-tokens", 3, "--engine", "hf")
+    assert "=2+2='" in said.split("first prompt: ")[1].splitlines()[0]
 
 
 def test_what_the_update_is_told(main, tmp_path, monkeypatch):
