@@ -107,19 +107,6 @@ def test_an_exception_in_the_users_reward_shows_where(main, mine):
     assert isinstance(error.value.__cause__, AttributeError)
 
 
-def test_a_run_with_a_reward_goes_on_from_elsewhere(main, mine, tmp_path, monkeypatch):
-    """Catches: a reward's file named from one working folder only; final/ gone before the rest stands."""
-    _, flags = mine
-    monkeypatch.chdir(tmp_path)
-    assert main(*flags, "--reward", "mine.py:graded")[0] == 0
-    monkeypatch.chdir("/")
-    (tmp_path / "mine.py").rename(tmp_path / "away.py")
-    error, _ = main("--resume", tmp_path / "run", "--steps", 3)
-    assert "no function 'graded'" in error and (tmp_path / "run" / "final").is_dir()
-    (tmp_path / "away.py").rename(tmp_path / "mine.py")
-    assert main("--resume", tmp_path / "run", "--steps", 3)[0] == 0
-
-
 def test_a_reward_that_is_not_there_is_one_line(main, mine, tmp_path):
     _, flags = mine
     error, _ = main(*flags, "--reward", tmp_path / "absent.py:f")

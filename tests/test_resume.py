@@ -137,19 +137,35 @@ def test_a_run_in_use_is_left_alone(broken_off, main):
         os.kill(child, signal.SIGKILL)  # it was there all the time
 
 
-def test_tasks_that_lie_elsewhere_now(main, tmp_path):
-    """Catches: a run that is lost because its files were moved; other tasks taken for the moved ones."""
+def test_files_that_lie_elsewhere_now(main, tmp_path, monkeypatch):
+    """The first model is gone, tasks and reward were moved. Catches: a run that is lost with them; other
+    tasks or another reward taken for the moved ones; paths that hold in one folder only; final/ gone too early."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "tutorial" / "tiny_model", "model")
     lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": f"{a + b}"}) for a in range(9) for b in range(9)]
-    (old := tmp_path / "t.jsonl").write_text("\n".join(lines))
-    flags = ["--prompts", 4, "--budget", 8, "--held-out", 8, "--eval-samples", 1, "--engine", "hf"]
-    assert main("--tasks", old, *flags, "--steps", 1, "--out", tmp_path / "run")[0] == 0
-    (new := tmp_path / "there" / "t.jsonl").parent.mkdir()
-    new.write_text("\n".join(lines[::-1]))
-    old.unlink()
-    more = ["--resume", tmp_path / "run", "--steps", 2, "--tasks", new]
-    assert f"--tasks {new} has changed since" in main(*more)[0]
-    new.write_text("\n".join(lines))
-    assert main(*more)[0] == 0 and train.read_config(tmp_path / "run").tasks == str(new)
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    (tmp_path / "mine.py").write_text(
+        code := "def f(tasks, texts):\n    return [len(t) % 2 for t in texts]\n"
+    )
+    flags = (
+        "--model model --tasks t.jsonl --reward mine.py:f --prompts 4 --budget 8 --held-out 8 --engine hf "
+    )
+    flags += "--eval-samples 1 --max-new-tokens 8 --max-prompt-tokens 16 --steps 1 --out run"
+    assert main(*flags.split())[0] == 0
+    run, there = tmp_path / "run", tmp_path / "there"
+    there.mkdir()
+    shutil.rmtree("model")
+    for name in ("mine.py", "t.jsonl"):
+        shutil.move(name, there)
+    monkeypatch.chdir("/")
+    more = ["--resume", run, "--steps", 2, "--tasks", there / "t.jsonl"]
+    assert "no function 'f'" in main(*more)[0] and (run / "final").is_dir()
+    more += ["--reward", f"{there}/mine.py:f"]
+    for name, changed, whole in (("t.jsonl", lines[::-1], lines), ("mine.py", ["# other", code], [code])):
+        (there / name).write_text("\n".join(changed))
+        assert f"--tasks {there}/t.jsonl or --reward {there}/mine.py:f has changed since" in main(*more)[0]
+        (there / name).write_text("\n".join(whole))
+    assert main(*more)[0] == 0 and train.read_config(run).reward == f"{there}/mine.py:f"
 
 
 def test_what_others_leave_beside_the_files(broken_off):
@@ -245,28 +261,6 @@ def test_resume_from_damage_ends_the_same(calm, broken_off, main):
     code, said = main("--resume", broken_off)
     assert code == 0 and "is damaged" in said and "resuming after step 6" in said
     assert differences(calm, broken_off) == []
-
-
-def test_the_first_model_is_not_needed_any_more(main, tmp_path):
-    """Catches: a resumed run that asks for the folder it began from, though its checkpoint has everything."""
-    shutil.copytree(ROOT / "tutorial" / "tiny_model", tmp_path / "model")
-    flags = [
-        "--model",
-        tmp_path / "model",
-        "--tasks",
-        "arithmetic",
-        "--limit",
-        16,
-        "--prompts",
-        4,
-        "--budget",
-        16,
-    ]
-    flags += ["--held-out", 8, "--eval-samples", 1, "--max-new-tokens", 8, "--steps", 1, "--engine", "hf"]
-    assert main(*flags, "--out", tmp_path / "run")[0] == 0
-    shutil.rmtree(tmp_path / "model")
-    code, said = main("--resume", tmp_path / "run", "--steps", 2)
-    assert code == 0 and "resuming after step 1" in said
 
 
 def test_a_run_goes_on_with_less_memory(calm, broken_off, main):

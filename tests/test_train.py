@@ -344,9 +344,13 @@ def test_the_same_tasks_for_every_seed(tmp_path):
     assert len(module.prepare(module.settings({"tasks": str(path), "prompts": 4}))[1]) == 20
 
 
-def test_the_instruction_is_asked(main):
-    _, said = main("--instruction", "2+2=", "--max-prompt-tokens", 3, "--engine", "hf")
-    assert "=2+2='" in said.split("first prompt: ")[1].splitlines()[0]
+def test_the_instruction_is_asked_and_judged(main, monkeypatch):
+    asked, box = [], r"in a \boxed{}"
+    monkeypatch.setattr("rollout.encode_tasks", lambda _, tasks, *how: asked.append(how) or 1 / 0)
+    monkeypatch.setattr("evaluate.judge_of", lambda *how: asked.append(how))
+    with pytest.raises(ZeroDivisionError):
+        main("--instruction", box, "--engine", "hf")
+    assert asked == [("", box), (box, False, {})]
 
 
 def test_what_the_update_is_told(main, tmp_path, monkeypatch):
