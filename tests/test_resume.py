@@ -138,8 +138,8 @@ def test_a_run_in_use_is_left_alone(broken_off, main):
 
 
 def test_files_that_lie_elsewhere_now(main, tmp_path, monkeypatch):
-    """The first model is gone, tasks and reward were moved. Catches: a run that is lost with them; other
-    tasks or another reward taken for the moved ones; paths that hold in one folder only; final/ gone too early."""
+    """The first model is gone, tasks and reward were moved. Catches: a run that is lost with them; others
+    taken for the moved ones; paths that hold in one folder only; final/ gone before the rest stands."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "tutorial" / "tiny_model", "model")
     lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": f"{a + b}"}) for a in range(9) for b in range(9)]

@@ -257,7 +257,9 @@ def slug_of(job: dict) -> str:
 def one(work: Path, job: dict) -> dict:
     slug, rule, bed = slug_of(job), job["rule"], BEDS[job["bed"]]
     folder = work / slug
-    shutil.rmtree(folder, ignore_errors=True)  # cut short, it starts again
+    if folder.exists():  # cut short, it starts again; unless a worker is still at it, its parent killed
+        train.lock(folder).close()
+        shutil.rmtree(folder)
     share_keys()
     if job["device"] == "cpu":
         # So much of the keys and values a CPU's own cache holds. The rollouts are the same.
