@@ -200,6 +200,28 @@ def test_a_longer_run():
     assert len(tuned[0]) == 5 and best < worst
 
 
+def test_saving():
+    """What is left out, and at what price, on the three beds."""
+    left = {}
+    for bed, budget in (("sums", 512), ("additions", 256), ("long", 512)):
+        ours = where_it_pays.runs("saving", bed=bed, budget=budget)
+        left[bed] = (
+            1 - np.mean([r["spent"] for r in ours]) / budget / where_it_pays.BEDS[bed]["usual"]["steps"]
+        )
+        assert len(ours) == 3
+    assert 0.2 < left["sums"] < 0.25 and left["long"] > 0.5  # "a quarter", "more than half"
+    assert verdict(where_it_pays.differences("saving", bed="sums", budget=512)) == "tie"
+    lost = where_it_pays.differences("saving", bed="long", budget=512)
+    readme = " ".join(README.split())
+    assert f"additions {left['additions']:.0%} less" in readme and f"ends {with_error(-lost)} lower" in readme
+    ends = (
+        [r["pass1"] for r in where_it_pays.runs(x, bed="additions", budget=256)]
+        for x in ("saving", "uniform")
+    )
+    ours, base = map(np.array, ends)  # of a CPU and a GPU: no pairs
+    assert abs(ours.mean() - base.mean()) < ours.std(ddof=1) / len(ours) ** 0.5
+
+
 def test_the_pretrained_model():
     """What SmolLM2 gains and loses with eight rollouts a prompt; its silent groups are mostly solved ones."""
     cell = dict(bed="additions", budget=256)
@@ -211,7 +233,7 @@ def test_the_pretrained_model():
     said = f"{solved.mean():.0f} more of 256 training problems are ever solved, and the share of fresh ones"
     said += f" that are right 16 times of 16 is {-always.mean():.2f} lower"
     assert said in " ".join(README.split())
-    for row in where_it_pays.load(bed="additions"):
+    for row in where_it_pays.load(bed="additions", device="cuda"):
         assert row["gpu"] == "NVIDIA H200" and row["all_right"] > row["all_wrong"]
 
 
