@@ -104,6 +104,9 @@ def test_where_it_pays():
     assert len(others) == 10
     for name in others:
         assert where_it_pays.differences(name, base="knapsack", **cell).mean() < 0, name
+    ours, base = (where_it_pays.differences("paper", base=x, **cell) for x in ("knapsack", "uniform"))
+    said = f"is level, {with_error(ours, '+.3f')}, and {with_error(base)} above uniform (sixteen seeds)"
+    assert len(ours) == 16 and (verdict(ours), verdict(base)) == ("tie", "win") and said in readme, said
     assert len(where_it_pays.runs("without InfoGain", **cell)) == 8
     each = [where_it_pays.runs(name, **cell) for name in ("choice among 256", "knapsack")]
     choice, ours = (np.mean([r["effective_prompts"] for r in rows]) for rows in each)
@@ -136,7 +139,7 @@ def test_where_it_pays():
         own = cell | where_it_pays.best(rule, **cell)
         assert sign * where_it_pays.differences(rule, base_at=base, **own).mean() > 0
     paper, dapo = (where_it_pays.differences(rule, base="knapsack", **cell) for rule in ("paper", "dapo"))
-    assert len(paper) == 8 and (verdict(paper), verdict(dapo)) == ("tie", "loss")
+    assert len(paper) == 16 and (verdict(paper), verdict(dapo)) == ("tie", "loss")
     d = where_it_pays.differences("choice among 256", base="knapsack", **cell)
     assert len(d) == 3 and f"ends no higher, {with_error(d, '+.3f')} on three seeds" in readme
     p = [paired(where_it_pays.differences(rule, base="knapsack", **cell))[-1] for rule in others]
