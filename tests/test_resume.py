@@ -348,11 +348,11 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
 
 @pytest.mark.parametrize("success, best", [((0.1, 0.3, 0.2, 0.3), 1), ((0.4, 0.3, 0.4, 0.2), 0)])
 def test_a_new_best_is_saved_besides(success, best, main, tmp_path, monkeypatch):
-    """Of equal ones the first; the untouched model may be it, and is no checkpoint."""
+    """Of equal ones the first; the untouched model may be it."""
     at = lambda run, step: {"eval_success": success[step], "eval_success_se": 0.0}  # noqa: E731
     monkeypatch.setattr(train, "held_out_success", at)
     flags = "--prompts 4 --budget 8 --held-out 8 --steps 3 --eval-every 1 --save-every 9 --engine hf"
     assert main(*flags.split(), "--out", tmp_path)[0] == 0
-    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == ([best] if best else []) + [3]
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == [best, 3]
     state = json.loads((checkpoints(tmp_path)[-1] / "state.json").read_text())
     assert state["best"] == [success[best], best]
