@@ -94,11 +94,14 @@ def test_where_it_pays():
     shape_of, rate_of = (where_it_pays.best("uniform", shapes=x, **cell) for x in (True, False))
     assert shape_of == {"prompts": 32, "lr": 2e-4} and rate_of == {"prompts": 64, "lr": 1e-4}
     rate, shape = (where_it_pays.differences("knapsack", base_at=x, **cell) for x in (rate_of, shape_of))
-    assert len(rate) == len(shape) == 8 and verdict(rate) == verdict(shape) == "win"
-    said = f"ends at {end(**rate_of):.3f} ({with_error(rate, '+.3f')})"
+    assert (len(rate), len(shape)) == (8, 16) and verdict(rate) == verdict(shape) == "win"
+    said = f"the lowest, at {end(**rate_of):.3f}, too ({with_error(rate, '+.3f')}, eight seeds)"
     assert said in readme, said
-    said = f"32 prompts at {end(**shape_of):.3f} ({with_error(shape, '+.3f')}"
+    said = f"its best shape, ends at {end(**shape_of):.3f} ({with_error(shape, '+.3f')}, a win once corrected"
     assert said in readme, said
+    measures = (where_it_pays.differences("knapsack", m, base_at=shape_of, **cell) for m in d)
+    assert max(holm([paired(x)[-1] for x in measures])[:3]) < 0.05
+    assert f"{where_it_pays.when_reached('knapsack', base_at=shape_of, **cell):.2f}" == "0.50"
     apart = {rule for rule in where_it_pays.RULES if rule.startswith("saving") or rule.endswith("SGD")}
     others = {*where_it_pays.RULES, "hora", "dapo"} - apart - {"uniform", "knapsack", "cheap first look"}
     assert len(others) == 10
