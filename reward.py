@@ -353,7 +353,7 @@ REWRITES = {
 # A letter, after whose mark the choice's text may stand: \textbf{(B)} Paris. Not "all but B", -B or B + 1.
 CHOICE = (
     r"(?:\\(?:text|math)[a-z]*)?[\s{(*]*(?:(?i:option|choice)[\s:{(*]*)?"
-    r"[A-J](?:[\s}*]*(?:[).:}](?s:.*))?)"
+    r"[A-J][\s}*]*(?:[).:}](?s:.*))?"
 )
 
 
@@ -376,18 +376,18 @@ def _decide(given: str, alone: bool, gold: str) -> bool | None:
     if given in (gold, gold.removesuffix(r"\%")):  # a percent sign may be left out
         return True
     # math-verify would multiply the letters of words. Of "cab" and "abc" that is right.
-    one, other = (text.replace(" ", "").casefold() for text in (given, gold))
-    if len(other) > 2 and other.isalpha() and one.isalpha():
-        if one == other or len(other) > 3 or gold.isupper():
-            return one == other
+    ours, letters = (text.replace(" ", "").casefold() for text in (given, gold))
+    if len(letters) > 2 and letters.isalpha() and ours.isalpha():
+        if ours == letters or len(letters) > 3 or gold.isupper():
+            return ours == letters
     if not given or (alone and len(given) > MAX_ANSWER):
         return False  # nothing, or too much to be an answer
     # A choice must be the only one named: "B or C" is neither.
     if letter := re.fullmatch(r"(?:\\(?:text|math)[a-z]*)?[\s{(*]*([A-J])[\s}):.*]*", gold):
         named = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z^_])", given)
         alone = alone or re.match(r"\W*[A-J][).:]", given)  # (B) Paris
-        one = set(named) == {letter[1]} and re.fullmatch(CHOICE, given)
-        return bool(alone and (one or given == letter[1].lower()))
+        chosen = set(named) == {letter[1]} and re.fullmatch(CHOICE, given)
+        return bool(alone and (chosen or given == letter[1].lower()))
     if all(re.fullmatch("-?[0-9]+", text) for text in (given, gold)):
         return int(given) == int(gold)  # most answers
     # math-verify ignores the base of 43_5, and whether a pair is a set or a tuple.

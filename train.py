@@ -443,9 +443,9 @@ def finish(run: Run) -> None:
 def checksums(folder: Path) -> str:
     lines = []
     for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and name != "SHA256SUMS" and not hidden:
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and str(name) != "SHA256SUMS" and not hidden:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{digest}  {name}\n")
@@ -514,8 +514,8 @@ def save_checkpoint(run: Run) -> None:
 # was not written to its end is named, and put aside until the next one is saved.
 def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
     found, broken, rows = None, [], out / "metrics.jsonl"
-    parts = (out / "checkpoint").glob(STEP + ".part")
-    for path in sorted([*(out / "checkpoint").glob(STEP), *parts], reverse=True):
+    folder = out / "checkpoint"
+    for path in sorted([*folder.glob(STEP), *folder.glob(STEP + ".part")], reverse=True):
         sums = path / "SHA256SUMS"
         if not path.suffix and sums.is_file() and sums.read_bytes() == checksums(path).encode():
             found = path
